@@ -1,0 +1,117 @@
+"""Arms of a claim: run each once, keep its metrics, rewrite the JSON after every one.
+
+A claim calls open_report, then arm(...) for every table, arm and seed, then conclude(...).
+"""
+import argparse
+import hashlib
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import fail
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def open_report(script, doc, argv=None):
+    """Command line and state of a claim: a dict with script, preset, device, seconds, rows, claims.
+
+    --preset cpu | gpu, --out (folder of arms), --results (folder of JSON and PNG), --device, --reuse
+    """
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu"), help="size of the claim [cpu]")
+    parser.add_argument("--out", default="", help="folder of the arms [runs/claims/<script>-<preset>]")
+    parser.add_argument("--results", default="results", help="folder of the JSON and the figure [results]")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--reuse", action="store_true", help="keep arms that were made by other code")
+    args = parser.parse_args(argv)
+    files = [ROOT / f"{script}.py", ROOT / "common.py", ROOT / f"tests/claims/{script}.py"]
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    return {
+        "args": args, "arms": Path(args.out or f"runs/claims/{script}-{args.preset}"), "done": {},
+        "code": hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest(),
+        "path": Path(args.results) / f"{script}_{args.preset}",
+        "json": {
+            "script": script, "preset": args.preset,
+            "command": f"python -m tests.claims.{script} --preset {args.preset}",
+            "commit": git.stdout.strip() or "none",
+            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, "
+            f"{torch.get_num_threads()} threads", "torch": torch.__version__, "seconds": 0.0,
+            "seeds": [], "claims": [], "rows": []}}
+
+
+def arm(report, table, name, seed, measure):
+    """Metrics of one arm and seed: measure(folder) -> {metric: float}, or what an earlier call left.
+
+    Arms made by other code are refused unless --reuse. Returns the metrics; rewrites the JSON.
+    """
+    kept = arm_file(report, table, name, seed)
+    folder = kept.parent
+    if kept.exists():
+        result = json.loads(kept.read_text())
+        if result["code"] != report["code"] and not report["args"].reuse:
+            fail(f"{kept} was made by other code: remove {report['arms']}, or pass --reuse")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        metrics = measure(folder)
+        result = {"code": report["code"], "seconds": time.perf_counter() - start, "metrics": metrics}
+        kept.write_text(json.dumps(result))
+    report["done"].setdefault((table, name), {})[seed] = result["metrics"]
+    report["json"]["seconds"] = round(report["json"]["seconds"] + result["seconds"], 1)
+    write(report)
+    line = "  ".join(f"{k} {v:.4g}" for k, v in result["metrics"].items())
+    print(f"{table}  {name}  seed {seed}  {line}", file=sys.stderr, flush=True)
+    return result["metrics"]
+
+
+def arm_file(report, table, name, seed):
+    """Where the metrics of an arm and seed are kept; its folder is theirs alone."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", f"{table} {name} {seed}")
+    return report["arms"] / words / "result.json"
+
+
+def mean(report, table, name, metric):
+    """Mean of a metric over the seeds of an arm."""
+    return statistics.fmean(m[metric] for m in report["done"][table, name].values())
+
+
+def values(report, table, name, metric):
+    """A metric of an arm, one value a seed."""
+    return [m[metric] for m in report["done"][table, name].values()]
+
+
+def conclude(report, table, claim, agrees):
+    """Write down the paper's claim and whether the numbers agree with it."""
+    allowed = ("as in the paper", "partly", "not resolved", "contradicted")
+    if agrees not in allowed:
+        raise ValueError(f"agrees must be one of {allowed}, got {agrees!r}")
+    report["json"]["claims"].append({"table": table, "claim": claim, "agrees": agrees})
+    write(report)
+    print(f"{table}: {agrees}", file=sys.stderr, flush=True)
+
+
+def write(report):
+    """results/<script>_<preset>.json: mean, standard deviation (n - 1) and values of every metric."""
+    rows, seeds = [], set()
+    for (table, name), runs in report["done"].items():
+        seeds |= set(runs)
+        metrics = {}
+        for metric in next(iter(runs.values())):
+            v = [run[metric] for run in runs.values()]
+            std = statistics.stdev(v) if len(v) > 1 else None
+            metrics[metric] = {"mean": statistics.fmean(v), "std": std, "n": len(v), "values": v}
+        rows.append({"table": table, "arm": name, "metrics": metrics})
+    report["json"].update(rows=rows, seeds=sorted(seeds))
+    report["path"].with_suffix(".json").write_text(json.dumps(report["json"], indent=1) + "\n")
