@@ -1,15 +1,13 @@
 """What the scripts share: command line, data, encoders, run folder, pictures. It names no paper."""
-import argparse, contextlib, functools, hashlib, inspect, json, math, os, re, resource, shutil
-import signal, sys, sysconfig, time
+import argparse, contextlib, functools, hashlib, inspect, itertools, json, math, os, re, resource
+import shutil, signal, sys, sysconfig, time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
-from torch import nn
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -17,13 +15,22 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 SHAPES = "disc ring square triangle cross star crescent bar pair corner".split()
 FREE = "fresh device log_every save_every sample_every steps sample n npz out".split()  # on resume
 
-# ---- command line ----------------------------------------------------------------------
-
+# ---- command line, device, ranks, precision --------------------------------------------
 def fail(message, status=2):
     """End the program with one line on stderr. Status 2: bad input; 1: the run itself broke."""
-    line = (str(message).strip().splitlines() or ["unknown"])[0]
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(status)
+
+@contextlib.contextmanager
+def explain(what, *kinds):
+    """Errors of these kinds in the block end the program: `what` and the last line of the error."""
+    try:
+        yield
+    except kinds as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if isinstance(error, ModuleNotFoundError):
+            reason += f": pip install {error.name}"
+        fail(f"{what}: {reason}")
 
 def one_of(cfg, **allowed):
     """ValueError unless each named field of cfg is one of its space-separated words."""
@@ -33,43 +40,35 @@ def one_of(cfg, **allowed):
 
 def parse_config(cls, presets, sampling=(), argv=None):
     """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help.
-
     presets   {name: {field: value}}; a preset beats the defaults, a flag beats the preset
     sampling  fields allowed beside --sample FILE; all others come from that checkpoint
-    errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects
-    """
-    module = inspect.getmodule(cls)
+    errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects"""
     notes = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=module.__doc__,
+    choices = {"preset": presets, "device": ("auto", "cuda", "mps", "cpu"),
+               "precision": ("auto", "bf16", "fp32"), "compile": ("auto", "on", "off")}
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists what is allowed)")
     for name, kind in cls.__annotations__.items():
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how |= {"choices": choices[name]} if name in choices else {}
         how["help"] = f"{notes[name]} [{getattr(cls, name)}]".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     preset, source = given.get("preset", ""), given.get("sample", "")
-    if preset and preset not in presets:
-        fail(f"--preset {preset}: allowed are {', '.join(presets)}")
-    values = {"out": f"runs/{Path(module.__file__).stem}-{preset}".strip("-")}
-    values |= presets.get(preset, {}) | given
+    out = f"runs/{Path(inspect.getfile(cls)).stem}-{preset}".strip("-")
+    values = {"out": out} | presets.get(preset, {})
     if source:
         extra = set(given) - {"sample", "device", "precision", "seed", "n", "npz", "out", *sampling}
         if extra:
             fail(f"--sample takes {', '.join(sorted(extra))} from the checkpoint: drop that flag")
-        values = load_checkpoint(source)["config"] | {"out": str(Path(source).parent)} | given
-    try:
-        cfg = cls(**values)
-        one_of(cfg, device="auto cuda mps cpu", precision="auto bf16 fp32", compile="auto on off")
-        for name in "steps batch_size image_size log_every save_every sample_every n".split():
-            if getattr(cfg, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-        return cfg
-    except (TypeError, ValueError) as error:  # TypeError: a checkpoint of another script
-        fail(error)
-
-
-# ---- device, ranks, precision ----------------------------------------------------------
+        values = load_checkpoint(source)["config"] | {"out": str(Path(source).parent)}
+    with explain("config", TypeError, ValueError):  # TypeError: a checkpoint of another script
+        cfg = cls(**values | given)
+    for name in "steps batch_size image_size log_every save_every sample_every n".split():
+        if getattr(cfg, name) < 1:
+            fail(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    return cfg
 
 def mix(*keys):
     """One seed out of several non-negative integers."""
@@ -77,30 +76,28 @@ def mix(*keys):
 
 def setup(cfg):
     """Start ranks, seed (the same on all: equal initial weights), check cfg.out; torch.device."""
-    mps = torch.backends.mps.is_available()
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
         fail(f"--device {kind}: this machine has {', '.join(there)}")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if cfg.batch_size % WORLD:
+        fail(f"--batch-size {cfg.batch_size} must be divisible by the {WORLD} ranks")
     if kind == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     elif kind == "cpu":  # on short sequences the fused kernel costs ten times the plain products
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for every device
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    if cfg.batch_size % WORLD:
-        fail(f"--batch-size {cfg.batch_size} must be divisible by the {WORLD} ranks")
     torch.manual_seed(cfg.seed)
-    last = Path(cfg.out) / "last.pt"
+    last = Path(cfg.out, "last.pt")
     if last.exists() and not (cfg.fresh or cfg.sample):
-        saved, mine = load_checkpoint(last)["config"], vars(cfg)
-        other = [k for k in mine | saved if k not in FREE and mine.get(k) != saved.get(k)]
+        old, new = load_checkpoint(last)["config"], vars(cfg)
+        other = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in new | old
+                          if k not in FREE and new.get(k) != old.get(k))
         if other:
-            pairs = ", ".join(f"{k} {saved.get(k)!r} (now {mine.get(k)!r})" for k in other)
-            fail(f"{last} has {pairs}: give its flags, another --out, or --fresh to start over")
-    return device
+            fail(f"{last} has {other}: give its flags, another --out, or --fresh to start over")
+    return torch.device(kind)
 
 def autocast(cfg, device):
     """Context for matrix products in bf16; `auto`: where the device has instructions for them."""
@@ -113,7 +110,7 @@ def parallel(model, cfg, device):
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     compiler = headers and sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))
     auto = device.type == "cuda" or (device.type == "cpu" and compiler)
-    if auto if cfg.compile == "auto" else cfg.compile == "on":
+    if cfg.compile == "on" or (cfg.compile == "auto" and auto):
         model.compile()
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
@@ -126,14 +123,11 @@ def ema_update(ema, model, decay, step):
         mine.copy_(theirs)
 
 # ---- data ------------------------------------------------------------------------------
-
 def shapes(n, size, seed, device="cpu"):
     """Bright shapes on dark, free in position, scale, angle and two colours: ten 10-d manifolds.
-
-    returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,), index into SHAPES, i % 10 for image i
+    returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,): i % 10 for image i, index of SHAPES
     note     a function of the seed: factors are drawn on the CPU, devices agree to one grey level;
-             the shape is brighter than its background by at least 0.25 in every channel
-    """
+             the shape is brighter than its background by at least 0.25 in every channel"""
     u = torch.rand(n, 10, generator=torch.Generator().manual_seed(seed)).to(device)
     radius = 0.55 + 0.3 * u[:, 2]  # of the outer circle; the image is [-1, 1]^2
     centre = (2 * u[:, :2] - 1) * (1 - radius)[:, None]  # the shape stays inside
@@ -144,7 +138,7 @@ def shapes(n, size, seed, device="cpu"):
     images = torch.empty(n, 3, size, size, dtype=torch.uint8, device=device)
     labels = torch.arange(n, device=device) % len(SHAPES)
     for label, name in enumerate(SHAPES):
-        for i in torch.arange(label, n, len(SHAPES), device=device).split(1000):
+        for i in (labels == label).nonzero()[:, 0].split(1000):
             p = (plane - torch.complex(*centre[i].T)[:, None, None]) * turn[i]
             distance = shape_distance(name, p.real, p.imag) * radius[i, None, None]
             cover = (0.5 - distance * size / 2).clamp(0, 1)[:, None]  # share of the pixel
@@ -153,88 +147,76 @@ def shapes(n, size, seed, device="cpu"):
 
 def shape_distance(name, x, y):
     """Signed distance to a shape of outer radius 1, negative inside; exact up to the corners."""
+    r = torch.hypot(x, y)
     def box(x, y, width, height):
         return torch.maximum(x.abs() - width, y.abs() - height)
-
     def star(points, inner):  # folded onto half a point: the line from its tip to its inner corner
-        half, r = math.pi / points, torch.hypot(x, y)
+        half = math.pi / points
         a = half - (torch.atan2(x, y) % (2 * half) - half).abs()  # angle from the tip
         ex, ey = inner * math.sin(half), inner * math.cos(half) - 1
         return ((r * a.cos() - 1) * ex - r * a.sin() * ey) / math.hypot(ex, ey)
-
     return {
-        "disc": lambda: torch.hypot(x, y) - 0.85,
-        "ring": lambda: (torch.hypot(x, y) - 0.72).abs() - 0.22,
-        "square": lambda: box(x, y, 0.72, 0.72),
-        "triangle": lambda: star(3, 0.5),
-        "cross": lambda: torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95)),
-        "star": lambda: star(5, 0.4),
-        "crescent": lambda: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.5, y)),
-        "bar": lambda: box(x, y, 0.95, 0.25),
+        "disc": lambda: r - 0.85, "ring": lambda: (r - 0.72).abs() - 0.22,
+        "square": lambda: box(x, y, 0.72, 0.72), "bar": lambda: box(x, y, 0.95, 0.25),
+        "triangle": lambda: star(3, 0.5), "star": lambda: star(5, 0.4),
         "pair": lambda: torch.hypot(x.abs() - 0.58, y) - 0.4,
+        "cross": lambda: torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95)),
+        "crescent": lambda: torch.maximum(r - 0.95, 0.75 - torch.hypot(x - 0.5, y)),
         "corner": lambda: torch.minimum(box(x, y + 0.5, 0.8, 0.26), box(x + 0.54, y, 0.26, 0.76)),
     }[name]()
 
 def load_images(cfg, device, split="train"):
     """The data set of --data: on the device if that leaves half of its memory free, else streamed.
-
     split    "train", or "validation": shapes with data seed 1, or a data set's own held-out part
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
-    errors   a set that is missing, empty, unreadable, without classes or smaller than the batch
-    """
+    errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
     S, cuda = cfg.image_size, device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if cuda else 4096 * os.sysconf("SC_AVPHYS_PAGES")
-    data = SimpleNamespace(classes=len(SHAPES), images=None)
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = torch.cuda.mem_get_info()[0] if cuda else pages
     loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda)
+    data = argparse.Namespace(classes=len(SHAPES), images=None)
     if cfg.data == "shapes":
-        n, seed = (50_000, 0) if split == "train" else (10_000, 1)
-        data.images, data.labels = shapes(n, S, seed, device)
+        data.size, seed = (50_000, 0) if split == "train" else (10_000, 1)
+        data.images, data.labels = shapes(data.size, S, seed, device)
     else:
         dataset, data.classes = open_dataset(cfg.data, split)
-        read = functools.partial(read_images, dataset, S, cfg.skip_bad)
-    if data.images is None and isinstance(dataset, IterableDataset):  # resumes in another order
-        dataset.transform, data.size = functools.partial(square, size=S), math.inf
-        part = loader(dataset, cfg.batch_size // WORLD, drop_last=True)
-        data.stream = lambda step: (pair for _ in iter(int, 1) for pair in part)
-    elif data.images is None and len(dataset) * 3 * S * S > free / 2:
-        data.size = len(dataset)
-        data.stream = lambda step: iter(loader(
-            range(data.size), collate_fn=functools.partial(read, refill=True),
-            batch_sampler=[batch_indices(data.size, cfg, s).tolist() for s in range(step, cfg.steps)]))
-    elif data.images is None:
-        parts = loader(range(len(dataset)), 256, collate_fn=read)
-        try:
-            parts = zip(*tqdm(parts, f"reading {cfg.data}", disable=None))
-            data.images, data.labels = (torch.cat(part).to(device) for part in parts)
-        except OSError as error:  # raised in a worker
-            fail(re.findall("cannot read image .*", str(error))[-1] + " (--skip-bad leaves it out)")
-    if data.images is not None:
-        data.size = len(data.images)
+        if isinstance(dataset, IterableDataset):  # resumes in another order
+            dataset.transform, data.size = functools.partial(square, size=S), math.inf
+            part = loader(dataset, cfg.batch_size // WORLD, drop_last=True)
+            data.stream = lambda step: itertools.chain.from_iterable(itertools.repeat(part))
+        elif len(dataset) * 3 * S * S > free / 2:
+            data.size, read = len(dataset), functools.partial(read_images, dataset, cfg, True)
+            data.stream = lambda step: iter(loader(range(step, cfg.steps), None, collate_fn=read))
+        else:
+            read = functools.partial(read_images, dataset, cfg, False)
+            parts = loader(range(0, len(dataset), 256), None, collate_fn=read)
+            with explain(f"--data {cfg.data}", OSError):  # raised in a worker
+                parts = zip(*tqdm(parts, f"reading {cfg.data}", disable=RANK > 0 or None))
+                data.images, data.labels = (torch.cat(part).to(device) for part in parts)
+            data.size = len(data.labels)
+            if cfg.skip_bad and RANK == 0:
+                print(f"left out {len(dataset) - data.size} of {len(dataset)} images of {cfg.data}")
     if split == "train" and data.size < cfg.batch_size:
         fail(f"--batch-size {cfg.batch_size} is larger than the {data.size} images of {cfg.data}")
     return data
 
 def open_dataset(name, split):
     """A folder or .tar of class sub-folders, or what timm.data.create_dataset knows; its classes."""
-    import timm.data
-
-    try:
+    with explain(f"--data {name}", Exception):  # whatever that data set's library raises
+        from timm.data import create_dataset
         if name.startswith(("torch/", "hfds/", "hfids/", "tfds/", "wds/")):
-            options = {"is_training": split == "train", "download": True}
-            dataset = timm.data.create_dataset(name, "data", split, **options)
+            dataset = create_dataset(name, "data", split, is_training=split == "train", download=True)
         elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
-            dataset = timm.data.create_dataset("", name, split)
+            dataset = create_dataset("", name, split)
         else:
             fail(f"--data {name}: allowed are shapes, a folder or .tar of class sub-folders, and "
                  "what timm reads: torch/..., hfds/..., hfids/..., tfds/..., wds/...")
-        reader = getattr(dataset, "reader", dataset)
-        maps = [getattr(reader, k, None) for k in ("class_to_idx", "class_name_to_idx", "classes")]
-        names = next(m for m in maps if m)
-    except Exception as error:  # whatever that data set's library raises
-        fail(f"--data {name}: {str(error) or 'no images, or no list of their classes'}")
+    reader = getattr(dataset, "reader", dataset)
+    maps = [getattr(reader, k, ()) for k in ("classes", "class_to_idx", "class_name_to_idx")]
+    names = next(filter(None, maps), [""])
     if "" in names:
-        fail(f"--data {name}: images must lie in class sub-folders, one folder a class")
+        fail(f"--data {name}: no classes; images of a folder or .tar must lie in class sub-folders")
     if split != "train" and getattr(reader, "root", "") == name:
         fail(f"--data {name}: has no sub-folder validation, val or test to hold out")
     return dataset, len(names)
@@ -249,26 +231,25 @@ def square(image, size):
     pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
-def read_images(dataset, size, skip_bad, indices, refill=False):
-    """Decode images of a map-style data set: uint8 (n, 3, S, S), int64 (n,).
-
-    One that cannot be read raises OSError with its name (timm's own reading replaces it in silence);
-    with skip_bad a line names it, and it is left out or, with refill, the next one takes its place.
-    """
-    images, labels, queue = [torch.empty(0, 3, size, size, dtype=torch.uint8)], [], list(indices)
+def read_images(dataset, cfg, streamed, i):
+    """Decode batch i if streamed, else 256 images from number i on: uint8 (n, 3, S, S), int64 (n,).
+    One that cannot be read raises OSError with its name (timm would replace it in silence); with
+    --skip-bad a line names it, and it is left out or, if streamed, the next one takes its place."""
+    n, size = len(dataset), cfg.image_size
+    queue = batch_indices(n, cfg, i).tolist() if streamed else [*range(n)[i:i + 256]]
+    pairs = [(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))]
     for index in queue:
         try:
-            image, label = getattr(dataset, "reader", dataset)[index % len(dataset)]
+            image, label = getattr(dataset, "reader", dataset)[index]
             image = Image.open(image) if hasattr(image, "read") else image
-            images.append(square(image, size)[None])
-            labels.append(int(label))
+            pairs.append((square(image, size)[None], torch.tensor([int(label)])))
         except Exception as error:  # Pillow raises many kinds
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-            if not skip_bad:
-                raise OSError(f"cannot read image {name}: {error}") from None
+            if not cfg.skip_bad:
+                raise OSError(f"cannot read image {name} (--skip-bad leaves it out): {error}")
             tqdm.write(f"left out image {name}, which cannot be read: {error}", file=sys.stderr)
-            queue += [index + 1] * refill
-    return torch.cat(images), torch.tensor(labels, dtype=torch.int64)
+            queue += [(index + 1) % n] * streamed
+    return tuple(torch.cat(column) for column in zip(*pairs))
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(size, seed):
@@ -276,20 +257,21 @@ def epoch_order(size, seed):
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 def batch_indices(size, cfg, step):
-    """This rank's images of a step: an epoch shows none twice, ranks share none. int64 (B / ranks,)."""
+    """This rank's images of a step, int64 (B / ranks,): none twice an epoch or on two ranks."""
     epoch, i = divmod(step, size // cfg.batch_size)
     order = epoch_order(size, mix(cfg.seed, epoch))
     return order[i * cfg.batch_size:(i + 1) * cfg.batch_size].chunk(WORLD)[RANK]
 
 def batch(data, cfg, device, step):
-    """float32 (B / ranks, 3, S, S) in [-1, 1] and int64 (B / ranks,): this rank's part of the batch."""
+    """This rank's part of the batch: float32 (B / ranks, 3, S, S) in [-1, 1], int64 (B / ranks,)."""
     if data.images is not None:
         index = batch_indices(data.size, cfg, step).to(device, non_blocking=True)
         pixels, labels = data.images[index], data.labels[index]
     else:
         if not hasattr(data, "iterator"):
             data.iterator = data.stream(step)
-        pixels, labels = (x.to(device, non_blocking=True) for x in next(data.iterator))
+        with explain(f"--data {cfg.data}", OSError):  # raised in a worker
+            pixels, labels = (x.to(device, non_blocking=True) for x in next(data.iterator))
     images = pixels.float() / 127.5 - 1
     if cfg.flip:
         mirror = torch.rand(len(images), 1, 1, 1, device=device) < 0.5
@@ -297,75 +279,55 @@ def batch(data, cfg, device, step):
     return images, labels
 
 # ---- frozen encoders -------------------------------------------------------------------
-
 class Encoder(nn.Module):
-    """Frozen timm backbone: images (B, 3, H, W) in [-1, 1] -> tokens (B, N, dim), for any H and W."""
-
+    """Frozen timm backbone: images (B, 3, H, W) in [-1, 1] -> tokens (B, N, dim), for any H, W."""
     def __init__(self, model, grid, norm, mean, std):
         super().__init__()
-        vit = hasattr(model, "patch_embed")
-        patch = model.patch_embed.patch_size[0] if vit else model.feature_info[-1]["reduction"]
-        self.size, self.prefix = grid * patch, getattr(model, "num_prefix_tokens", 0)
+        self.model, self.plain, self.dim = model, norm == "plain", model.num_features
+        self.size = grid * model.feature_info[-1]["reduction"]
         if norm != "final":
             model.norm = nn.Identity()
-        self.model, self.plain, self.dim = model, norm == "plain", model.num_features
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("stats", torch.tensor([mean, std]).view(2, 1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        h = self.model.forward_features((images * 0.5 + 0.5 - self.mean) / self.std)
-        h = h[:, self.prefix:] if h.ndim == 3 else h.flatten(2).mT  # or a map (B, dim, h, w)
-        return F.layer_norm(h, h.shape[-1:]) if self.plain else h
+        images = nn.functional.interpolate(images, self.size, mode="bicubic", antialias=True)
+        h = self.model.forward_features((images * 0.5 + 0.5 - self.stats[0]) / self.stats[1])
+        h = h[:, getattr(self.model, "num_prefix_tokens", 0):] if h.ndim == 3 else h.flatten(2).mT
+        return nn.functional.layer_norm(h, h.shape[-1:]) if self.plain else h
 
 def load_encoder(spec, grid, norm="final"):
     """A frozen encoder of images into grid x grid tokens: Encoder, its width in `.dim`.
-
     spec     timm:<name>, with timm's pretrained weights, or a .safetensors file with metadata timm
              (name), args, mean, std (JSON; for images in [0, 1]); looked up beside this file too
-    norm     final: the encoder's own last norm | none: before it | plain: LayerNorm without affine
-    """
-    import timm
-    from safetensors import safe_open
-
-    path = next((p for p in (Path(spec), Path(__file__).parent / spec) if p.is_file()), None)
-    if path is None and not spec.startswith("timm:"):
-        fail(f"--encoder {spec}: no such file (python simsiam.py makes the teacher), nor timm:name")
-    try:
-        if path is None:
+    norm     final: the encoder's own last norm | none: before it | plain: LayerNorm without affine"""
+    import timm, safetensors
+    path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
+    with explain(f"--encoder {spec} (timm:name, or a file: python simsiam.py makes one)", Exception):
+        if spec.startswith("timm:"):
             patch = getattr(timm.create_model(spec[5:]), "patch_embed", None)
             size = {"img_size": grid * patch.patch_size[0]} if patch else {}
             model = timm.create_model(spec[5:], pretrained=True, num_classes=0, **size)
             return Encoder(model, grid, norm, *(model.pretrained_cfg[k] for k in ("mean", "std")))
-        with safe_open(path, "pt") as f:
+        with safetensors.safe_open(path, "pt") as f:
             meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
         model = timm.create_model(meta["timm"], num_classes=0, **json.loads(meta["args"]))
         model.load_state_dict(weights)
         return Encoder(model, grid, norm, *(json.loads(meta[k]) for k in ("mean", "std")))
-    except Exception as error:  # unknown name, no network, another file format
-        fail(f"--encoder {spec} cannot be loaded: {error}")
-
 
 # ---- the run ---------------------------------------------------------------------------
-
 def load_checkpoint(path):
     """Entries of a checkpoint, mapped from disk; code in the file is refused, not run."""
-    try:
+    with explain(f"{path} is missing, truncated or no checkpoint of these scripts", Exception):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {"step": saved["step"], "config": saved["config"], **saved}
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
-    except Exception as error:
-        fail(f"{path}: truncated, or no checkpoint of these scripts ({type(error).__name__})")
 
 def save_checkpoint(path, entries):
     """Write under another name, flush, rename: a kill leaves the old file or the new one, whole."""
     new, previous = path.with_suffix(".new"), path.with_name("prev.pt")
     try:
-        with open(new, "wb") as f:
+        with open(new, "wb", buffering=0) as f:
             torch.save(entries, f)
-            f.flush()
             os.fsync(f.fileno())
         if path.exists():  # a second name for the old one, so that `path` never goes missing
             previous.unlink(missing_ok=True)
@@ -380,66 +342,55 @@ def save_checkpoint(path, entries):
 
 def start_run(cfg, state):
     """Make or continue the run folder: fills `state` from last.pt, returns the first step to do."""
-    out, last, table = Path(cfg.out), Path(cfg.out) / "last.pt", Path(cfg.out) / "metrics.jsonl"
+    out, last, table = Path(cfg.out), Path(cfg.out, "last.pt"), Path(cfg.out, "metrics.jsonl")
     files = Path(inspect.getfile(type(cfg))), Path(__file__)
-    code = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    try:
+    code, saved = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, {"step": 0}
+    misfit = explain(f"{last} does not fit this script", KeyError, RuntimeError, ValueError)
+    with misfit, explain(f"--out {out}: cannot write there", OSError):
+        if last.exists() and not cfg.fresh:
+            saved = load_checkpoint(last)
+            for name, entry in state.items():
+                load = getattr(entry, "load_state_dict", lambda value: state.update({name: value}))
+                load(saved[name])
         if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             for file in [last, out / "prev.pt", table, *out.glob("samples_*")] * cfg.fresh:
                 file.unlink(missing_ok=True)
             if last.exists() and json.loads((out / "config.json").read_text())["code"] != code:
                 tqdm.write(f"warning: the code has changed since {last} was made")
-            config = json.dumps({"config": vars(cfg), "code": code}, indent=1)
-            (out / "config.json").write_text(config)
-            table.touch()
-        if WORLD > 1:
-            dist.barrier()
-        saved = load_checkpoint(last) if last.exists() else {"step": 0} | state
-        for name, entry in state.items():
-            load = getattr(entry, "load_state_dict", lambda value: state.update({name: value}))
-            if last.exists():
-                load(saved[name])
-        if RANK == 0:  # drop the lines of steps that a kill undid
+            (out / "config.json").write_text(json.dumps(vars(cfg) | {"code": code}, indent=1))
+            table.touch()  # and drop the lines of steps that a kill undid
             lines = [x for x in table.read_text().splitlines(True) if x.endswith("}\n")]
             table.write_text("".join(x for x in lines if json.loads(x)["step"] <= saved["step"]))
         return saved["step"]
-    except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"{last} does not fit this script: {error}")
-    except OSError as error:
-        fail(f"--out {out}: cannot write there: {error.strerror}")
 
 def steps(cfg, state):
     """`for step in steps(cfg, state)`: resumes, seeds each step from (seed, step, rank), saves.
-
     state    {name: module, optimizer or plain value}: what last.pt holds beside step and config
-    It saves every save_every steps, at the end, and on Ctrl-C or SIGTERM; then exits, 128 + signal.
-    """
-    state["log"], caught = {"sum": 0.0, "bad": math.inf, "count": 0}, []
+    It saves every save_every steps, at the end, and on Ctrl-C or SIGTERM; then exits, 128 + signal."""
+    state["log"], caught = torch.zeros(0, 0), []
     start = start_run(cfg, state)
-    state["log"]["time"] = time.perf_counter()
-    signals = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(s, lambda number, frame: caught.append(number)) for s in signals]
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=None if RANK == 0 else True)
+    state["clock"] = start, time.perf_counter()
+    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for step in range(start, cfg.steps):
+        for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
+                         disable=RANK > 0 or None):
             torch.manual_seed(mix(cfg.seed, step, RANK))
             yield step
-            bar.update()
             stop = torch.tensor([*caught, 0][0])
             if WORLD > 1:
                 dist.all_reduce(stop, dist.ReduceOp.MAX)  # every rank leaves after the same step
             if stop or due(cfg, cfg.save_every, step):
-                check_finite(cfg, state)
+                check_finite(cfg, state, step)
                 entries = {k: getattr(v, "state_dict", lambda: v)() for k, v in state.items()}
                 if RANK == 0:
                     entries |= {"step": step + 1, "config": vars(cfg)}
-                    save_checkpoint(Path(cfg.out) / "last.pt", entries)
+                    save_checkpoint(Path(cfg.out, "last.pt"), entries)
             if stop and step + 1 < cfg.steps:
                 fail(f"stopped at step {step + 1}, saved; the same command goes on", 128 + int(stop))
     finally:
-        bar.close()
-        for number, handler in zip(signals, before):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 def due(cfg, every, step):
@@ -447,50 +398,44 @@ def due(cfg, every, step):
     return (step + 1) % every == 0 or step + 1 == cfg.steps
 
 def log(cfg, state, step, **values):
-    """Mean of the tensors since the last line, to metrics.jsonl and the terminal every log_every steps.
-
-    values   scalar tensors, summed on the device and read only when due; numbers, written as they are
-    """
-    meter, tensors = state["log"], {k: v for k, v in values.items() if torch.is_tensor(v)}
-    row = torch.stack([v.detach().float() for v in tensors.values()])
-    bad = torch.as_tensor(meter["bad"], dtype=row.dtype, device=row.device)
-    meter["bad"] = torch.where(row.isfinite().all(), bad, bad.clamp(max=step))
-    meter["sum"] = torch.as_tensor(meter["sum"], device=row.device) + row
-    meter["count"] += 1
+    """Called every step; a line to terminal and metrics.jsonl every log_every steps. Of values, scalar
+    tensors stay on the device until then: mean since the last line. Numbers are written as is."""
+    tensors = {k: v for k, v in values.items() if torch.is_tensor(v)}
+    row = torch.stack([v.detach().float() for v in tensors.values()])[None]  # (1, tensors)
+    begins = due(cfg, cfg.log_every, step - 1)
+    state["log"] = row if begins else torch.cat([state["log"].to(row.device), row])
     if not due(cfg, cfg.log_every, step):
         return
-    check_finite(cfg, state)
-    mean, now = meter["sum"] / meter["count"], time.perf_counter()
-    if WORLD > 1:
-        dist.all_reduce(mean)
+    mean, now = check_finite(cfg, state, step).mean(0), time.perf_counter()
+    (first, before), state["clock"] = state["clock"], (step + 1, now)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    line = {"step": step + 1} | values | dict(zip(tensors, (mean / WORLD).tolist()))
-    line["images_per_s"] = cfg.batch_size * meter["count"] / (now - meter["time"])
+    line = values | dict(zip(tensors, mean.tolist()))
+    line["images_per_s"] = cfg.batch_size * (step + 1 - first) / (now - before)
     line["memory_gb"] = (torch.cuda.max_memory_allocated() if row.is_cuda else host) / 2**30
-    meter.update(sum=0.0, count=0, time=now)
     if RANK == 0:
-        tqdm.write("  ".join(f"{k} {v:.4g}" if k != "step" else f"{k} {v}" for k, v in line.items()))
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+        with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step + 1} | line) + "\n")
 
-def check_finite(cfg, state):
-    """End the run, status 1, if a logged tensor was inf or nan; last.pt stays the last good one."""
-    bad, last = torch.as_tensor(state["log"]["bad"]).clone(), Path(cfg.out) / "last.pt"
+def check_finite(cfg, state, step):
+    """Rows logged since the last line, mean of the ranks; ends the run (1) if one is not finite."""
+    rows, last = state["log"] / WORLD, Path(cfg.out, "last.pt")
     if WORLD > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MIN)
-    if bad < math.inf:
+        dist.all_reduce(rows)
+    bad = (~rows.isfinite().all(1)).nonzero() + step + 2 - len(rows)  # steps, counted from 1
+    if len(bad):
         good = f"{last} of step {load_checkpoint(last)['step']}" if last.exists() else "none yet"
-        fail(f"loss or gradient not finite at step {int(bad) + 1}; last good checkpoint: {good}", 1)
+        fail(f"loss or gradient not finite at step {int(bad[0])}; last good checkpoint: {good}", 1)
+    return rows
 
 # ---- samples and pictures --------------------------------------------------------------
-
 def shares(n, size, seed):
-    """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator for them."""
+    """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator for each."""
     for i, index in list(enumerate(torch.arange(n).split(size)))[RANK::WORLD]:
         yield index, torch.Generator().manual_seed(mix(seed, i))
 
 def gather(parts):
-    """Pairs (indices (n,), values (n, ...)) of all ranks -> values in the order of the indices, on the CPU."""
+    """Pairs (indices (n,), values (n, ...)) of all ranks -> values in index order, on the CPU."""
     parts = [[(index, values.cpu()) for index, values in parts]] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, parts[RANK])
@@ -511,10 +456,9 @@ def save_gif(videos, path, columns, fps=8):
         return
     zoom, blank = max(1, 64 // videos.shape[-1]), -len(videos) % columns
     videos = to_uint8(videos).cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    videos = F.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # white lines between
-    cells = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2)  # F, row, H, column, W, C
-    frames = cells.flatten(3, 4).flatten(1, 2).expand(-1, -1, -1, 3).numpy()
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+    videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
+    frames = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
+    first, *rest = [Image.fromarray(x.numpy()) for x in frames.expand(-1, -1, -1, 3)]
     loop = {"save_all": True, "append_images": rest, "duration": 1000 // fps, "loop": 0}
     first.save(path, **(loop if rest else {}))
 
@@ -526,12 +470,7 @@ def save_npz(images, labels, path):
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, size=(3.0, 2.4)):
     """Matplotlib axes (rows, columns), `size` inches each; written to path when the block ends."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                             figsize=(size[0] * columns, size[1] * rows))
-    yield axes
+    from matplotlib.figure import Figure  # without pyplot: no display, nothing to close
+    fig = Figure((size[0] * columns, size[1] * rows), layout="constrained")
+    yield fig.subplots(rows, columns, squeeze=False)
     fig.savefig(path, dpi=110)
-    plt.close(fig)

@@ -1,25 +1,26 @@
 """A transformer on raw pixels that predicts the clean image (JiT), beside its eight relatives.
 
-Paper     Li, He. Back to Basics: Let Denoising Generative Models Denoise. arXiv:2511.13720v1 [JiT]
-          Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. arXiv:2006.11239v2 [DDPM]
-Here      JiT Eq. 1-2 flow_matching, Tab. 1 convert, Tab. 2 loss_nine, Alg. 1 train, Alg. 2
-          sample_heun, Tab. 9 PRESETS; DDPM Eq. 4 variance_preserving, Alg. 2 sample_ancestral
-Changed   the target goes through the same clipped conversion as the output (as in JiT's released
-          code, where the paper clips the output alone: a perfect output then has zero loss);
-          divisions by t, which only eps-prediction has, are clipped like those by 1 - t;
-          in --process ddpm time runs as in JiT and v points to the data: v = b x - a eps
-Left out  JiT's three EMAs in parallel, classifier loss and sweeps of guidance; DDPM's discrete decoder
-Notation  x    clean image, (B, C, H, W) in [-1, 1]     t  0 = noise ... 1 = data, float32 (B,)
+Paper     Li, He. Back to Basics: Let Denoising Generative Models Denoise. arXiv:2511.13720v1 (JiT)
+          Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. arXiv:2006.11239v2 (DDPM)
+Here      JiT Eq. 1-2 flow_matching, Tab. 1 convert, Tab. 2 denoising_loss, Alg. 2 sample_heun,
+          Tab. 9 JiT and PRESETS; DDPM Eq. 4 variance_preserving, Eq. 6-7, Alg. 2 sample_ancestral
+Changed   the target takes the same clipped conversion as the output (the authors' code does so too;
+          clipping the output alone would give a perfect one a loss); divisions by t, which only
+          eps-prediction has, are clipped like those by 1 - t; rotary embedding turns the channels
+          (i, i + D / 2) instead of (2i, 2i + 1), a renaming that runs faster; --process ddpm: time
+          runs as in JiT, from noise to data, and v points to the data, b x - a eps
+Left out  JiT's three parallel EMAs, auxiliary classifier loss and guidance sweeps; DDPM's discrete
+          decoder (Eq. 13) and its U-Net
+Notation  x    clean image, (B, 3, H, W) in [-1, 1]     t  0 = noise ... 1 = data, float32 (B,)
           eps  noise of the same shape                  y  class, int64 (B,); `classes` = no class
-          z    a x + b eps, the noisy image             a, b, p, q  functions of t, (B, 1, 1, 1)
+          z    a x + b eps, the noisy image             a, b, p, q  factors at t, (B, 1, 1, 1)
           v    p x + q eps, the velocity                *_hat       predicted by the network
 Run       python ddpm_xpred.py                     # not measured
           python ddpm_xpred.py --preset cifar10    # not measured
-          torchrun --nproc-per-node 8 ddpm_xpred.py --preset paper --data <imagenet>   # not measured
+          torchrun --nproc-per-node 8 ddpm_xpred.py --preset paper --data <folder>  # not measured
 """
 import copy
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,6 @@ from common import (autocast, batch, due, ema_update, gather, load_checkpoint, l
 
 # ---- config ----------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Config:
     preset: str = ""  # cifar10 | paper | paper-l | paper-h | paper-g; a flag beats its preset
@@ -40,9 +40,9 @@ class Config:
     fresh: bool = False  # start over instead of continuing the run in the folder
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device has instructions for it
-    compile: str = "auto"  # auto | on | off; auto: with CUDA, or a C++ compiler; takes about a minute
-    data: str = "shapes"  # shapes | folder or .tar of class folders | torch/... | hfds/... | wds/...
+    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
+    compile: str = "auto"  # auto | on | off; auto: with CUDA or g++; the first step takes a minute
+    data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 16  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
@@ -60,12 +60,12 @@ class Config:
     patch: int = 4  # side of a patch: one token holds 3 patch^2 numbers
     dim: int = 128  # width
     depth: int = 5  # blocks
-    heads: int = 4  # attention heads; dim / heads must be divisible by 4 (2-D rotary embedding)
-    bottleneck: int = 32  # width between the two linear maps of the patch embedding; 0: one map (Fig. 4)
+    heads: int = 4  # attention heads; dim / heads is a multiple of 4, for the rotation
+    bottleneck: int = 32  # width inside the patch embedding; 0: one linear map (Fig. 4)
     class_tokens: int = 4  # copies of the class embedding put before the image tokens (Tab. 4)
     class_start: int = 2  # block before which they enter, counted from 0 (Tab. 9)
     dropout: float = 0.0  # in the middle half of the blocks (Tab. 9)
-    process: str = "flow"  # flow: z = t x + (1 - t) eps | ddpm: variance-preserving chain of 1000 steps
+    process: str = "flow"  # flow: z = t x + (1 - t) eps | ddpm: variance-preserving, 1000 steps
     prediction: str = "x"  # x | eps | v: what the network outputs (Tab. 1)
     loss: str = "v"  # x | eps | v: where the squared error is taken (Tab. 1)
     time: str = "logit-normal"  # logit-normal | uniform: law of t in training
@@ -75,56 +75,55 @@ class Config:
     clip: float = 0.05  # smallest divisor in the conversions (Sec. 4)
     label_drop: float = 0.1  # share of labels replaced by "no class"
     sampling_steps: int = 50  # Heun steps, the last one Euler (flow only: ddpm takes its 1000)
-    guidance: float = 1.0  # classifier-free guidance; 1: off
-    guidance_low: float = 0.1  # guidance acts for t above this; 0: from the start
-    guidance_high: float = 1.0  # and for t below this
+    guidance: float = 2.0  # classifier-free guidance; 1: off
+    guidance_low: float = 0.1  # guidance acts for t above this; 0: from the start (flow only)
+    guidance_high: float = 1.0  # and for t below this (flow only)
 
     def __post_init__(self):
+        for name in ("patch", "dim", "depth", "heads", "sampling_steps", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         one_of(self, process="flow ddpm", prediction="x eps v", loss="x eps v",
                time="logit-normal uniform")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
         if self.dim % self.heads or self.dim // self.heads % 4:
             raise ValueError(f"dim / heads must be a multiple of 4, got {self.dim} / {self.heads}")
-        if self.class_tokens and not 0 <= self.class_start < self.depth:
+        if not 0 <= self.class_start < self.depth:
             raise ValueError(f"class_start {self.class_start} must be one of {self.depth} blocks")
-        if not 0 < self.clip < 1 or not 0 <= self.label_drop <= 1 or not 0 <= self.dropout < 1:
-            raise ValueError("need 0 < clip < 1, 0 <= label_drop <= 1 and 0 <= dropout < 1")
+        for name in ("clip", "label_drop", "dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.process == "ddpm" and self.noise_scale != 1:
             raise ValueError("process ddpm needs noise_scale 1")
 
-
-PAPER = dict(  # Tab. 9: ImageNet 256, JiT-B/16. 64 pixels: --image-size 64 --patch 4
-    data="data/imagenet/train", image_size=256, flip=True, batch_size=1024, steps=250_200,  # 200 ep.
-    lr=2e-4, warmup=6255, ema_decay=0.9999, save_every=5000, sample_every=25_000,  # warm-up 5 epochs
-    patch=16, dim=768, depth=12, heads=12, bottleneck=128, class_tokens=32, class_start=4, guidance=2.9)
+PAPER = dict(  # Tab. 9: JiT-B/16 on ImageNet 256; at 64 pixels --image-size 64 --patch 4
+    data="data/imagenet/train", image_size=256, flip=True, batch_size=1024,
+    steps=250_200,  # 200 epochs of 1251 steps
+    lr=2e-4, warmup=6255,  # 5 epochs
+    ema_decay=0.9999, log_every=100, save_every=5000, sample_every=25_000,
+    patch=16, dim=768, depth=12, heads=12, bottleneck=128, class_tokens=32, class_start=4,
+    dropout=0.0, t_mean=-0.8, t_std=0.8, guidance=2.9)
+HUGE = dict(bottleneck=256, class_start=10, dropout=0.2, guidance=2.2)  # H and G
 PRESETS = {
     "cifar10": dict(
         data="torch/cifar10", image_size=32, flip=True, batch_size=256, steps=20_000, lr=5e-4,
-        warmup=500, save_every=2000, sample_every=5000, patch=4, dim=384, depth=12, heads=6,
-        bottleneck=0, class_start=4),
+        warmup=500, save_every=2000, sample_every=5000, dim=384, depth=12, heads=6, class_start=4),
     "paper": PAPER,
     "paper-l": PAPER | dict(dim=1024, depth=24, heads=16, class_start=8, guidance=2.4),
-    "paper-h": PAPER | dict(dim=1280, depth=32, heads=16, class_start=10, bottleneck=256, dropout=0.2,
-                            guidance=2.2),
-    "paper-g": PAPER | dict(dim=1664, depth=40, heads=16, class_start=10, bottleneck=256, dropout=0.2,
-                            guidance=2.2),
+    "paper-h": PAPER | dict(dim=1280, depth=32, heads=16) | HUGE,
+    "paper-g": PAPER | dict(dim=1664, depth=40, heads=16) | HUGE,
 }
 SAMPLING = ("sampling_steps", "guidance", "guidance_low", "guidance_high", "clip")
 
-
 # ---- data ------------------------------------------------------------------------------
+# common.load_images and common.batch give x (B, 3, S, S) in [-1, 1] and y (B,), whatever the set.
 
-
-def sample_time(n, law, mean, std, device):
-    """t (n,) in [0, 1): logit(t) ~ N(mean, std^2) (Sec. 4), or uniform."""
-    if law == "uniform":
-        return torch.rand(n, device=device)
-    return (mean + std * torch.randn(n, device=device)).sigmoid()
-
+def class_rows(classes, columns=8):
+    """Classes y of a grid of samples, a row each, ten at most: int64 (rows * columns,)."""
+    return torch.arange(min(classes, 10)).repeat_interleave(columns)
 
 # ---- model -----------------------------------------------------------------------------
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32."""
@@ -135,7 +134,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):  # (..., D) -> (..., D)
         return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6).to(x.dtype)
-
 
 def rotary_table(side, head_dim, prefix):
     """cos and sin of the 2-D rotary angles: (2, prefix + side^2, head_dim / 2).
@@ -149,13 +147,11 @@ def rotary_table(side, head_dim, prefix):
     angle = F.pad(torch.cat([row, column], -1).flatten(0, 1), (0, 0, prefix, 0))
     return torch.stack([angle.cos(), angle.sin()])
 
-
 def rotate(x, table):
-    """Turn the adjacent channel pairs (2i, 2i + 1) of x (..., N, D) as table (2, N, D / 2) says."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    """Turn the channel pairs (i, i + D / 2) of x (..., N, D) as table (2, N, D / 2) says."""
+    first, second = x.chunk(2, -1)
     cos, sin = table.to(x.dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 class Attention(nn.Module):
     """Self-attention with normalised queries and keys, turned by their 2-D position."""
@@ -174,7 +170,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         return self.dropout(self.proj(rearrange(x, "b h n d -> b n (h d)")))
 
-
 class SwiGLU(nn.Module):
     """Gated MLP: (SiLU(x W1) * x W2) W3, hidden width 2/3 of 4 D."""
 
@@ -188,9 +183,8 @@ class SwiGLU(nn.Module):
         gate, value = self.up(x).chunk(2, -1)
         return self.down(self.dropout(F.silu(gate) * value))
 
-
 class Block(nn.Module):
-    """Transformer block, pre-norm, shifted, scaled and gated by the condition c (adaLN-Zero)."""
+    """Pre-norm transformer block, shifted, scaled and gated by the condition c (adaLN-Zero)."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -203,21 +197,18 @@ class Block(nn.Module):
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, table)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
-
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates from 1 down to 1e-4: (B,) -> (B, dim). As in JiT, t is unscaled."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 
-
 def position_table(side, dim):
-    """Fixed sin and cos of the column (first half of the channels) and of the row: (side^2, dim)."""
+    """Fixed sin and cos of the column (first half of the channels), then the row: (side^2, dim)."""
     rate = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(side)[:, None] * rate
     wave = torch.cat([angle.sin(), angle.cos()], -1)  # (side, dim / 2)
     column, row = wave[None].expand(side, -1, -1), wave[:, None].expand(-1, side, -1)
     return torch.cat([column, row], -1).flatten(0, 1)
-
 
 class JiT(nn.Module):
     """Just image Transformer (Sec. 4, Tab. 9): noisy image, time and class -> x, eps or v.
@@ -231,8 +222,10 @@ class JiT(nn.Module):
         super().__init__()
         side, pixels = image_size // patch, 3 * patch**2
         self.side, self.patch, self.classes, self.class_start = side, patch, classes, class_start
-        low, up = nn.Linear(pixels, bottleneck, bias=False), nn.Linear(bottleneck, dim)
-        self.embed = nn.Sequential(low, up) if bottleneck else nn.Linear(pixels, dim)
+        self.embed = nn.Linear(pixels, dim)
+        if bottleneck:  # two linear maps, as a stride-p convolution and a 1x1 one would be
+            low = nn.Linear(pixels, bottleneck, bias=False)
+            self.embed = nn.Sequential(low, nn.Linear(bottleneck, dim))
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(classes + 1, dim)  # the last one: no class
         self.class_position = nn.Parameter(torch.zeros(class_tokens, dim))
@@ -247,54 +240,57 @@ class JiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Xavier for linear maps, N(0, 0.02^2) for embeddings, zero for modulations and the head."""
+        """Xavier for linear maps, N(0, 0.02^2) for embeddings, 0 for modulations and the head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for weight in (self.time[0].weight, self.time[2].weight, self.label.weight, self.class_position):
+        time = self.time[0].weight, self.time[2].weight
+        for weight in (*time, self.label.weight, self.class_position):
             nn.init.normal_(weight, std=0.02)
-        for module in (*(block.modulation for block in self.blocks), self.modulation, self.head):
+        for module in (*[block.modulation for block in self.blocks], self.modulation, self.head):
             nn.init.zeros_(module.weight)
 
     def forward(self, z, t, y):  # (B, 3, H, W), (B,), (B,) -> (B, 3, H, W)
-        label = self.label(y)  # (B, D)
-        c = F.silu(self.time(time_features(t)) + label)
-        h = self.embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch))
+        p, label = self.patch, self.label(y)  # (B, D)
+        c = F.silu(self.time(time_features(t)) + label)  # (B, D)
+        h = self.embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p))
         h, tokens = h + self.position, len(self.class_position)  # (B, N, D)
         for i, block in enumerate(self.blocks):
             if i == self.class_start:  # (B, tokens + N, D)
                 h = torch.cat([(label[:, None] + self.class_position).to(h.dtype), h], 1)
-            h = block(h, c, self.rotary[:, tokens * (i < self.class_start):])
+            h = block(h, c, self.rotary[:, tokens if i < self.class_start else 0:])
         shift, scale = self.modulation(c)[:, None].chunk(2, -1)
         h = self.head(self.norm(h[:, tokens:]) * (1 + scale) + shift)  # (B, N, p q c)
-        return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch, q=self.patch)
-
+        return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
 # ---- method ----------------------------------------------------------------------------
 # A process maps t (B,) to a, b, p, q, each (B, 1, 1, 1): z = a x + b eps and v = p x + q eps, with
 # b p - a q = 1, so that x = b v - q z and eps = p z - a v.
-
 
 def flow_matching(t):
     """JiT Eq. 1-2: z = t x + (1 - t) eps and v = dz/dt = x - eps."""
     t = t.view(-1, 1, 1, 1)
     return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
 
+def sample_time(n, law, mean, std, device):
+    """t (n,) in [0, 1): logit(t) ~ N(mean, std^2) (JiT Sec. 4), or uniform."""
+    if law == "uniform":
+        return torch.rand(n, device=device)
+    return (mean + std * torch.randn(n, device=device)).sigmoid()
 
 def noise_schedule(steps=1000, beta_1=1e-4, beta_T=0.02):
-    """DDPM Sec. 4: alpha_bar_k = prod (1 - beta_i), float64 (steps + 1,), alpha_bar_0 = 1 at the data."""
+    """DDPM Sec. 4: alpha_bar_k = prod (1 - beta_i), k = 0 (data)...steps. float64 (steps + 1,)."""
     beta = torch.linspace(beta_1, beta_T, steps, dtype=torch.float64)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
-
 def variance_preserving(t, alpha_bar):
-    """DDPM Eq. 4 at chain index k = round((1 - t) T): z = a x + b eps with a^2 + b^2 = 1; v = b x - a eps."""
-    k = ((1 - t) * (len(alpha_bar) - 1)).round().long()
-    a, b = (w.sqrt().float().to(t.device)[k].view(-1, 1, 1, 1) for w in (alpha_bar, 1 - alpha_bar))
+    """DDPM Eq. 4 at index k = round((1 - t) T) >= 1: a^2 = alpha_bar_k = 1 - b^2, p = b, q = -a."""
+    k = ((1 - t) * (len(alpha_bar) - 1)).round().long().clamp(min=1)  # (B,)
+    bar = alpha_bar[k].view(-1, 1, 1, 1)
+    a, b = bar.sqrt().float(), (1 - bar).sqrt().float()
     return a, b, b, -a
-
 
 def convert(kind, o, z, a, b, p, q, clip=0.0):
     """JiT Tab. 1: what the network outputs, o, of kind x, eps or v -> (x, eps, v), all like z.
@@ -308,7 +304,6 @@ def convert(kind, o, z, a, b, p, q, clip=0.0):
         a = a.clamp(min=clip)
         return (z - b * o) / a, o, (p * z - o) / a
     return b * o - q * z, p * z - a * o, o
-
 
 def denoising_loss(net, x, y, t, process, prediction, space, clip=0.05, noise_scale=1.0):
     """JiT Tab. 2, any of its nine cells: mean squared error between output and truth in `space`.
@@ -324,27 +319,27 @@ def denoising_loss(net, x, y, t, process, prediction, space, clip=0.05, noise_sc
     o_hat = convert(prediction, o, z, *factors, clip)[i]
     return (o_hat - convert(prediction, truth[prediction], z, *factors, clip)[i]).square().mean()
 
-
 def guided(net, z, t, y, guidance):
-    """Classifier-free guidance, o_null + w (o_y - o_null); in v it is the same, for v is affine in o."""
-    t = z.new_full((len(z),), t)
+    """Classifier-free guidance, o_null + w (o_y - o_null): as in v, since v is affine in o."""
     if guidance == 1:
         return net(z, t, y).float()
-    o, o_null = net(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, y * 0 + net.classes])).float().chunk(2)
+    both = torch.cat([y, torch.full_like(y, net.classes)])
+    o, o_null = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
     return o_null + guidance * (o - o_null)
 
-
 @torch.no_grad()
-def sample_heun(net, noise, y, prediction="x", sampling_steps=50, guidance=1.0, guidance_low=0.0,
-                guidance_high=1.0, clip=0.05):
-    """JiT Alg. 2: dz/dt = v from t = 0 to 1 by Heun steps, the last one Euler. (B, C, H, W) float32.
+def sample_heun(net, noise, y, prediction="x", sampling_steps=50, guidance=1.0, low=0.0, high=1.0,
+                clip=0.05):
+    """JiT Alg. 2: dz/dt = v from t = 0 to 1 by Heun steps, the last one Euler. Like noise, float32.
 
-    noise  (B, C, H, W), scaled as in training     clip  1 - t at the end: what it leaves of the noise
+    noise      (B, C, H, W), scaled as in training
+    low, high  guidance acts for low < t < high; low = 0 includes t = 0
+    clip       near t = 1 it leaves some of the noise in the sample, about 0.016 of it at 0.05
     """
     def velocity(z, t):
-        inside = t < guidance_high and (guidance_low == 0 or t > guidance_low)
-        o = guided(net, z, t, y, guidance if inside else 1.0)
-        return convert(prediction, o, z, *flow_matching(z.new_full((len(z),), t)), clip)[2]
+        w = guidance if t < high and (low == 0 or t > low) else 1.0
+        t = z.new_full((len(z),), t)
+        return convert(prediction, guided(net, z, t, y, w), z, *flow_matching(t), clip)[2]
 
     z, dt = noise, 1 / sampling_steps
     for i in range(sampling_steps):
@@ -354,46 +349,41 @@ def sample_heun(net, noise, y, prediction="x", sampling_steps=50, guidance=1.0, 
         z = z + dt * v
     return z
 
-
 @torch.no_grad()
 def sample_ancestral(net, noise, y, alpha_bar, prediction="eps", guidance=1.0, generator=None):
-    """DDPM Alg. 2 with the posterior of Eq. 6-7 at x = x_hat, clamped to [-1, 1]. (B, C, H, W) float32.
+    """DDPM Alg. 2, posterior of Eq. 6-7 at x = x_hat clamped to [-1, 1]. (B, C, H, W) float32.
 
-    Its variance is beta_tilde, zero in the last step. No clip is needed, for a and b never vanish.
+    Its variance is beta_tilde, zero in the last step. No clip is needed: neither a nor b vanishes.
     """
-    z, T = noise, len(alpha_bar) - 1
-    bars = alpha_bar.tolist()
+    z, bars, T = noise, alpha_bar.tolist(), len(alpha_bar) - 1
     for k in range(T, 0, -1):
-        t = 1 - k / T
-        factors = variance_preserving(z.new_full((len(z),), t), alpha_bar)
-        x_hat = convert(prediction, guided(net, z, t, y, guidance), z, *factors)[0].clamp(-1, 1)
-        alpha, beta = bars[k] / bars[k - 1], 1 - bars[k] / bars[k - 1]
-        mean = (bars[k - 1]**0.5 * beta * x_hat + alpha**0.5 * (1 - bars[k - 1]) * z) / (1 - bars[k])
-        noise = torch.randn(z.shape, generator=generator).to(z.device)
-        z = mean + ((1 - bars[k - 1]) / (1 - bars[k]) * beta)**0.5 * noise  # Eq. 7
+        t = z.new_full((len(z),), 1 - k / T)
+        o = guided(net, z, t, y, guidance)
+        x_hat = convert(prediction, o, z, *variance_preserving(t, alpha_bar))[0].clamp(-1, 1)
+        bar, bar_next, alpha = bars[k], bars[k - 1], bars[k] / bars[k - 1]  # alpha_k = 1 - beta_k
+        mean = (bar_next**0.5 * (1 - alpha) * x_hat + alpha**0.5 * (1 - bar_next) * z) / (1 - bar)
+        std = ((1 - bar_next) / (1 - bar) * (1 - alpha))**0.5  # Eq. 7, square root of beta_tilde
+        z = mean + std * torch.randn(z.shape, generator=generator).to(z.device)
     return z
 
-
 # ---- train -----------------------------------------------------------------------------
-
 
 def build(cfg, classes):
     """The network of this config: JiT."""
     return JiT(cfg.image_size, cfg.patch, classes, cfg.dim, cfg.depth, cfg.heads, cfg.bottleneck,
                cfg.class_tokens, cfg.class_start, cfg.dropout)
 
-
 def draw(net, y, cfg, device, generator):
-    """Samples of the classes y (B,): float32 (B, 3, S, S) in [-1, 1]. Noise comes from generator."""
+    """Samples of classes y (B,), float32 (B, 3, S, S) in [-1, 1]; noise comes from generator."""
     shape = len(y), 3, cfg.image_size, cfg.image_size
     noise = cfg.noise_scale * torch.randn(shape, generator=generator).to(device)
     with autocast(cfg, device):
         if cfg.process == "ddpm":
-            return sample_ancestral(net, noise, y.to(device), noise_schedule(), cfg.prediction,
+            bars = noise_schedule().to(device)
+            return sample_ancestral(net, noise, y.to(device), bars, cfg.prediction,
                                     cfg.guidance, generator)
-        return sample_heun(net, noise, y.to(device), cfg.prediction, cfg.sampling_steps, cfg.guidance,
-                           cfg.guidance_low, cfg.guidance_high, cfg.clip).clamp(-1, 1)
-
+        return sample_heun(net, noise, y.to(device), cfg.prediction, cfg.sampling_steps,
+                           cfg.guidance, cfg.guidance_low, cfg.guidance_high, cfg.clip).clamp(-1, 1)
 
 def train(cfg):
     device = setup(cfg)
@@ -422,31 +412,27 @@ def train(cfg):
         ema_update(ema, model, cfg.ema_decay, step)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm)
         if due(cfg, cfg.sample_every, step):
-            y = torch.arange(min(data.classes, 10)).repeat_interleave(8)  # a row per class
-            images = draw(ema, y, cfg, device, torch.Generator().manual_seed(0))
+            rows, generator = class_rows(data.classes), torch.Generator().manual_seed(0)
+            images = draw(ema, rows, cfg, device, generator)
             save_grid(images, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
-
 
 def sample(cfg):
     """Draw cfg.n images from the checkpoint cfg.sample, class i mod classes for image i."""
     device, saved = setup(cfg), load_checkpoint(cfg.sample)
     net = build(cfg, saved["classes"]).to(device).eval().requires_grad_(False)
     net.load_state_dict(saved["ema"])
-    classes = saved["classes"]
-    images = gather([(i, draw(net, i % classes, cfg, device, generator))
+    y = torch.arange(cfg.n) % saved["classes"]
+    images = gather([(i, draw(net, y[i], cfg, device, generator))
                      for i, generator in shares(cfg.n, 250, cfg.seed)])
-    y = torch.arange(cfg.n) % classes
-    columns = max(1, min(8, cfg.n // classes))  # a row per class
-    rows = [images[y == k][:columns] for k in range(min(classes, 10))]
+    columns = max(1, min(8, cfg.n // saved["classes"]))
+    rows = [images[y == k][:columns] for k in range(min(saved["classes"], 10))]
     save_grid(torch.cat(rows), f"{cfg.out}/sample.png", columns)
     if cfg.npz:
         save_npz(images, y, f"{cfg.out}/sample.npz")
 
-
 def main(argv=None):
     cfg = parse_config(Config, PRESETS, SAMPLING, argv)
     sample(cfg) if cfg.sample else train(cfg)
-
 
 if __name__ == "__main__":
     main()

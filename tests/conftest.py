@@ -11,14 +11,15 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Runs of tests land in their temporary folder; float32 attention as the scripts set it on a CPU."""
+    """What a test writes lands in its own temporary folder; its random numbers are fixed."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def refuses(capsys):
-    """refuses(call, *words): the call ends with status 2 and one line on stderr that has the words."""
+    """refuses(call, *words): it ends with status 2 and one line on stderr that has the words."""
+
     def check(call, *words, status=2):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -27,4 +28,5 @@ def refuses(capsys):
         assert stop.value.code == status and len(lines) == 1, (stop.value.code, lines)
         for word in words:
             assert str(word) in lines[0], lines[0]
+
     return check

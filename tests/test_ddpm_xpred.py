@@ -1,4 +1,5 @@
 """ddpm_xpred.py against algebra in float64, closed-form samplers and killed runs."""
+
 import functools
 import json
 import math
@@ -13,20 +14,51 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import ddpm_xpred as script
 from common import load_checkpoint
 
 ROOT = Path(script.__file__).parent
-SMALL = ["--image-size", "8", "--dim", "16", "--depth", "2", "--heads", "2", "--bottleneck", "4",
-         "--class-start", "1", "--batch-size", "8", "--steps", "6", "--warmup", "2", "--log-every", "2",
-         "--save-every", "3", "--sample-every", "100", "--sampling-steps", "2", "--device", "cpu",
-         "--precision", "fp32", "--compile", "off"]
+SMALL = [
+    "--image-size",
+    "8",
+    "--dim",
+    "16",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--bottleneck",
+    "4",
+    "--class-start",
+    "1",
+    "--batch-size",
+    "8",
+    "--steps",
+    "6",
+    "--warmup",
+    "2",
+    "--log-every",
+    "2",
+    "--save-every",
+    "3",
+    "--sample-every",
+    "100",
+    "--sampling-steps",
+    "2",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--compile",
+    "off",
+]
 BARS = script.noise_schedule()
-PROCESSES = {"flow": script.flow_matching,
-             "ddpm": functools.partial(script.variance_preserving, alpha_bar=BARS)}
+PROCESSES = {
+    "flow": script.flow_matching,
+    "ddpm": functools.partial(script.variance_preserving, alpha_bar=BARS),
+}
 SPACES = ("x", "eps", "v")
 
 
@@ -38,8 +70,12 @@ def triple(process, n=64):
         a, b = t, 1 - t
         v = (1 + 0 * a).view(-1, 1, 1, 1) * x - eps
     else:
-        bar = torch.tensor([math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(k))
-                            for k in (1000 - 1000 * t).round().long().tolist()]).double()
+        bar = torch.tensor(
+            [
+                math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(k))
+                for k in (1000 - 1000 * t).round().long().tolist()
+            ]
+        ).double()
         a, b = bar.sqrt(), (1 - bar).sqrt()
         v = b.view(-1, 1, 1, 1) * x - a.view(-1, 1, 1, 1) * eps
     z = a.view(-1, 1, 1, 1) * x + b.view(-1, 1, 1, 1) * eps
@@ -71,20 +107,29 @@ def test_conversions_of_any_output_agree_with_each_other(process):
 
 def test_flow_velocity_is_the_derivative_of_the_path_and_points_to_the_data():
     t, _, truth, _, _ = triple("flow")
-    path = lambda t: sum(f * u for f, u in zip(script.flow_matching(t)[:2], (truth["x"], truth["eps"])))
+    path = lambda t: sum(
+        f * u for f, u in zip(script.flow_matching(t)[:2], (truth["x"], truth["eps"]))
+    )
     slope = (path(t + 1e-6) - path(t - 1e-6)) / 2e-6
     assert torch.allclose(slope, truth["v"], atol=1e-8)
     assert torch.equal(path(torch.ones(64).double()), truth["x"])  # t = 1 is data
-    a, b, *_ = PROCESSES["ddpm"](torch.tensor([0.0, 0.5, 1.0]))
-    assert a.flatten()[2] == 1 and b.flatten()[2] == 0 and a.flatten()[0] < 0.01
+    a, b, *_ = PROCESSES["ddpm"](torch.tensor([0.0, 0.5, 1.0]))  # the chain's ends, and its middle
+    assert a.flatten()[2] == pytest.approx((1 - 1e-4) ** 0.5) and a.flatten()[0] < 0.01  # k = 1, T
     assert torch.allclose(a**2 + b**2, torch.ones(3, 1, 1, 1))
 
 
 # JiT, section on loss spaces: weight of the squared error of the direct output; flow, then a and b
-WEIGHTS = {("x", "x"): lambda a, b: 1, ("eps", "x"): lambda a, b: (a / b)**2, ("v", "x"): lambda a, b: 1 / b**2,
-           ("x", "eps"): lambda a, b: (b / a)**2, ("eps", "eps"): lambda a, b: 1,
-           ("v", "eps"): lambda a, b: 1 / a**2, ("x", "v"): lambda a, b: b**2, ("eps", "v"): lambda a, b: a**2,
-           ("v", "v"): lambda a, b: 1}
+WEIGHTS = {
+    ("x", "x"): lambda a, b: 1,
+    ("eps", "x"): lambda a, b: (a / b) ** 2,
+    ("v", "x"): lambda a, b: 1 / b**2,
+    ("x", "eps"): lambda a, b: (b / a) ** 2,
+    ("eps", "eps"): lambda a, b: 1,
+    ("v", "eps"): lambda a, b: 1 / a**2,
+    ("x", "v"): lambda a, b: b**2,
+    ("eps", "v"): lambda a, b: a**2,
+    ("v", "v"): lambda a, b: 1,
+}
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -94,13 +139,18 @@ def test_the_nine_losses_are_weighted_errors_of_the_output(process, space, kind)
         t = torch.full((32,), time)
         x, o = torch.randn(32, 3, 4, 4), torch.randn(32, 3, 4, 4)
         torch.manual_seed(3)
-        loss = script.denoising_loss(lambda z, t, y: o, x, None, t, PROCESSES[process], kind, space, 0.0, 0.5)
+        loss = script.denoising_loss(
+            lambda z, t, y: o, x, None, t, PROCESSES[process], kind, space, 0.0, 0.5
+        )
         torch.manual_seed(3)
         eps = 0.5 * torch.randn_like(x)
         if process == "flow":
             a, b, v = time, 1 - time, x - eps
         else:
-            a, b = BARS[round(1000 * (1 - time))].sqrt().item(), (1 - BARS[round(1000 * (1 - time))]).sqrt().item()
+            a, b = (
+                BARS[round(1000 * (1 - time))].sqrt().item(),
+                (1 - BARS[round(1000 * (1 - time))]).sqrt().item(),
+            )
             v = b * x - a * eps
         direct = (o - {"x": x, "eps": eps, "v": v}[kind]).square().mean()
         assert loss.item() == pytest.approx(WEIGHTS[space, kind](a, b) * direct.item(), rel=2e-3)
@@ -112,7 +162,10 @@ def test_clip_bounds_the_weight_and_a_perfect_output_has_no_loss(kind):
     torch.manual_seed(3)
     eps = torch.randn_like(x)
     perfect = {"x": x, "eps": eps, "v": x - eps}[kind]
-    for off, expected in ((0.0, 0.0), (0.1, {"x": 4.0, "eps": 4.0, "v": 0.01}[kind])):  # (0.1 / 0.05)^2
+    for off, expected in (
+        (0.0, 0.0),
+        (0.1, {"x": 4.0, "eps": 4.0, "v": 0.01}[kind]),
+    ):  # (0.1 / 0.05)^2
         torch.manual_seed(3)
         net = lambda z, t, y: perfect + off
         loss = script.denoising_loss(net, x, None, t, script.flow_matching, kind, "v", 0.05)
@@ -123,7 +176,7 @@ def test_the_loss_reaches_the_network_only_through_its_output():
     o = torch.randn(4, 3, 2, 2, requires_grad=True)
     x, t = torch.randn(4, 3, 2, 2), torch.tensor([0.2, 0.5, 0.7, 0.9])
     script.denoising_loss(lambda z, t, y: o, x, None, t, script.flow_matching, "x", "v").backward()
-    gradient = 2 * (o.detach() - x) / (1 - t.view(-1, 1, 1, 1))**2 / x.numel()
+    gradient = 2 * (o.detach() - x) / (1 - t.view(-1, 1, 1, 1)) ** 2 / x.numel()
     assert torch.allclose(o.grad, gradient, rtol=1e-4)
 
 
@@ -132,15 +185,29 @@ def test_time_law_has_the_quantiles_of_the_paper_and_the_chain_its_own():
     assert t.median().item() == pytest.approx(1 / (1 + math.exp(0.8)), abs=2e-3)  # 0.31
     assert (t > 0.9).float().mean().item() == pytest.approx(9e-5, abs=5e-5)
     u = script.sample_time(400_000, "uniform", 0, 1, "cpu")
-    assert u.mean().item() == pytest.approx(0.5, abs=2e-3) and u.var().item() == pytest.approx(1 / 12, abs=1e-3)
+    assert u.mean().item() == pytest.approx(0.5, abs=2e-3) and u.var().item() == pytest.approx(
+        1 / 12, abs=1e-3
+    )
 
 
 # ---- network ---------------------------------------------------------------------------
 
 
 def network(**changes):
-    arguments = dict(image_size=8, patch=2, classes=5, dim=24, depth=3, heads=2, bottleneck=6,
-                     class_tokens=3, class_start=1) | changes
+    arguments = (
+        dict(
+            image_size=8,
+            patch=2,
+            classes=5,
+            dim=24,
+            depth=3,
+            heads=2,
+            bottleneck=6,
+            class_tokens=3,
+            class_start=1,
+        )
+        | changes
+    )
     return script.JiT(**arguments)
 
 
@@ -152,9 +219,19 @@ def stir(net, std=0.2):
     return net
 
 
-@pytest.mark.parametrize("preset, patch, millions", [
-    ("paper", 16, 131.12), ("paper-l", 16, 458.88), ("paper-h", 16, 952.51), ("paper-g", 16, 2007.1),
-    ("paper", 32, 133.19), ("paper-l", 32, 461.53), ("paper-h", 32, 956.06), ("paper-g", 32, 2011.6)])
+@pytest.mark.parametrize(
+    "preset, patch, millions",
+    [
+        ("paper", 16, 131.12),
+        ("paper-l", 16, 458.88),
+        ("paper-h", 16, 952.51),
+        ("paper-g", 16, 2007.1),
+        ("paper", 32, 133.19),
+        ("paper-l", 32, 461.53),
+        ("paper-h", 32, 956.06),
+        ("paper-g", 32, 2011.6),
+    ],
+)
 def test_parameter_counts_of_the_paper(preset, patch, millions):
     cfg = script.Config(**script.PRESETS[preset] | {"patch": patch, "image_size": 16 * patch})
     with torch.device("meta"):
@@ -182,17 +259,20 @@ def test_rotation_keeps_class_tokens_and_depends_on_relative_position():
     q, k = (script.rotate(torch.randn(12).expand(16, 12), table) for _ in range(2))
     product = (q @ k.T).view(4, 4, 4, 4)  # query row, column, key row, column
     assert torch.allclose(product[0, 1, 2, 0], product[1, 3, 3, 2], atol=1e-4)  # both (+2, -1)
-    assert not torch.allclose(product[0, 0, 1, 0], product[0, 0, 0, 1], atol=1e-3)  # row is not column
+    assert not torch.allclose(
+        product[0, 0, 1, 0], product[0, 0, 0, 1], atol=1e-3
+    )  # row is not column
 
 
 def test_rotation_angles_against_complex_numbers():
     table = script.rotary_table(3, 8, prefix=0)
     x = torch.randn(9, 8)
-    pairs = torch.view_as_complex(x.view(9, 4, 2))
+    pairs = torch.complex(x[:, :4], x[:, 4:])
     for n in range(9):
         row, column = divmod(n, 3)
         angle = torch.tensor([row * 1.0, row / 100.0, column * 1.0, column / 100.0])
-        expected = torch.view_as_real(pairs[n] * torch.polar(torch.ones(4), angle)).flatten()
+        turned = pairs[n] * torch.polar(torch.ones(4), angle)
+        expected = torch.cat([turned.real, turned.imag])
         assert torch.allclose(script.rotate(x, table)[n], expected, atol=1e-5)
 
 
@@ -200,15 +280,19 @@ def test_position_table_and_time_features():
     table = script.position_table(3, 8)
     for n in range(9):
         row, column = divmod(n, 3)
-        expected = [f(c * r) for c in (column, row) for f in (math.sin, math.cos) for r in (1, 0.01)]
+        expected = [
+            f(c * r) for c in (column, row) for f in (math.sin, math.cos) for r in (1, 0.01)
+        ]
         assert table[n].tolist() == pytest.approx(expected, abs=1e-5)
     f = script.time_features(torch.tensor([0.3]), 4)[0]
-    assert f.tolist() == pytest.approx([math.cos(0.3), math.cos(0.003), math.sin(0.3), math.sin(0.003)], abs=1e-6)
+    assert f.tolist() == pytest.approx(
+        [math.cos(0.3), math.cos(0.003), math.sin(0.3), math.sin(0.003)], abs=1e-6
+    )
 
 
 def test_attention_and_mlp_against_plain_loops():
-    a, m = stir(script.Attention(8, 2), 0.5).double(), stir(script.SwiGLU(8), 0.5).double()
-    x, table = torch.randn(1, 4, 8).double(), script.rotary_table(2, 4, 0).double()
+    a, m = stir(script.Attention(8, 2), 0.5), stir(script.SwiGLU(8), 0.5)
+    x, table = torch.randn(1, 4, 8), script.rotary_table(2, 4, 0)
     q, k, v = (x[0] @ a.qkv.weight.T + a.qkv.bias).chunk(3, -1)
     norm = lambda u, w: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w
     heads = []
@@ -221,7 +305,8 @@ def test_attention_and_mlp_against_plain_loops():
     assert torch.allclose(a(x, table)[0], expected, atol=1e-5)
     gate, value = (x @ m.up.weight.T + m.up.bias).chunk(2, -1)
     assert m.down.in_features == 21 and torch.allclose(
-        m(x), (gate * gate.sigmoid() * value) @ m.down.weight.T + m.down.bias, atol=1e-9)
+        m(x), (gate * gate.sigmoid() * value) @ m.down.weight.T + m.down.bias, atol=1e-9
+    )
 
 
 def test_class_reaches_the_output_by_both_ways_and_tokens_leave_before_the_head():
@@ -261,7 +346,7 @@ def test_patches_keep_their_place():
 
 def gaussian_x(z, t, mean, var):
     """E[x | z] for x ~ N(mean, var) and z = t x + (1 - t) eps."""
-    return (mean * (1 - t)**2 + t * var * z) / ((1 - t)**2 + t**2 * var)
+    return (mean * (1 - t) ** 2 + t * var * z) / ((1 - t) ** 2 + t**2 * var)
 
 
 @pytest.mark.parametrize("kind", SPACES)
@@ -273,8 +358,7 @@ def test_heun_converges_with_order_two_to_the_exact_flow(kind):
     def net(z, t, y):
         t = t.view(-1, 1, 1, 1).double()
         x = gaussian_x(z, t, mean, var)
-        return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[kind] if kind == "x" else (
-            (z - t * x) / (1 - t) if kind == "eps" else (x - z) / (1 - t))
+        return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[kind]
 
     class Double:  # .float() in the sampler would hide the order
         def __call__(self, z, t, y):
@@ -282,14 +366,15 @@ def test_heun_converges_with_order_two_to_the_exact_flow(kind):
             out.float = lambda: out
             return out
 
-    # the last Euler step costs O(dt) of local error times (1 - t): compare at its beginning, t = 1 - dt,
-    # by integrating with v = 0 there is no closed form: use the error after all steps, order >= 2 - 0.3
     errors = []
-    for n in (20, 40, 80):
+    for n in (40, 80, 160):
         z = script.sample_heun(Double(), noise, None, kind, n, clip=1e-9)
         errors.append((z - exact).abs().max().item())
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
-    assert errors[-1] < 2e-3 and min(orders) > 1.7 if kind != "eps" else errors[-1] < 0.1, (errors, orders)
+    if kind == "eps":  # v = (z - eps) / t at t = 0 is 0 / clip, not E[x] - z: order 1
+        assert errors[-1] < 0.01 and min(orders) > 0.8, (errors, orders)
+    else:  # one Euler step of local error O(dt^2) leaves the order of Heun
+        assert errors[-1] < 2e-3 and all(1.7 < order < 2.6 for order in orders), (errors, orders)
 
 
 def test_clip_leaves_the_share_of_noise_that_the_paper_s_grid_implies():
@@ -303,6 +388,7 @@ def test_clip_leaves_the_share_of_noise_that_the_paper_s_grid_implies():
 
 class Count(torch.nn.Module):
     """Answers 1 to a class and 0 to no class; remembers when it was asked."""
+
     classes = 7
 
     def forward(self, z, t, y):
@@ -312,15 +398,20 @@ class Count(torch.nn.Module):
 
 def test_guidance_mixes_with_the_null_class_inside_its_interval_only():
     net, z, y = Count(), torch.zeros(2, 1, 1, 1), torch.tensor([3, 4])
-    assert script.guided(net, z, 0.5, y, 3.0).flatten().tolist() == [3.0, 3.0]  # 0 + 3 (1 - 0)
-    assert net.seen[-1][2] == [3, 4, 7, 7] and script.guided(net, z, 0.5, y, 1.0).flatten().tolist() == [1, 1]
+    assert script.guided(net, z, torch.full((2,), 0.5), y, 3.0).flatten().tolist() == [
+        3.0,
+        3.0,
+    ]  # 0 + 3 (1 - 0)
+    assert net.seen[-1][2] == [3, 4, 7, 7] and script.guided(
+        net, z, torch.full((2,), 0.5), y, 1.0
+    ).flatten().tolist() == [1, 1]
     net = Count()
-    script.sample_heun(net, z, y, "v", 10, 3.0, guidance_low=0.1, guidance_high=0.6)
+    script.sample_heun(net, z, y, "v", 10, 3.0, low=0.1, high=0.6)
     doubled = sorted({t for t, n, _ in net.seen if n == 4})
     assert doubled == [0.2, 0.3, 0.4, 0.5]  # above 0.1 and below 0.6
     assert len(net.seen) == 19 and max(t for t, *_ in net.seen) == 0.9  # 9 Heun steps and one Euler
     net = Count()
-    script.sample_heun(net, z, y, "v", 10, 3.0, guidance_low=0.0, guidance_high=0.6)
+    script.sample_heun(net, z, y, "v", 10, 3.0, low=0.0, high=0.6)
     assert sorted({t for t, n, _ in net.seen if n == 4})[0] == 0.0  # 0: from the start
 
 
@@ -336,34 +427,42 @@ def test_guidance_of_the_output_is_guidance_of_the_velocity():
 
 @pytest.mark.parametrize("kind", SPACES)
 def test_ancestral_sampler_follows_the_product_of_two_gaussians(kind, monkeypatch):
-    """Data N(0, var) per pixel: mean and variance of every step by multiplying densities, not Eq. 7."""
+    """Data N(0, var) per pixel: variance of every step by multiplying densities, not by Eq. 7."""
     bars, var = script.noise_schedule(8, 0.05, 0.5), 0.2**2
     a, b = bars.sqrt(), (1 - bars).sqrt()
 
     def net(z, t, y):
         k = round((1 - t[0].item()) * 8)
-        x = a[k] * var / (a[k]**2 * var + b[k]**2) * z.double()
+        x = a[k] * var / (a[k] ** 2 * var + b[k] ** 2) * z.double()
         eps = (z - a[k] * x) / b[k]
         return {"x": x, "eps": eps, "v": b[k] * x - a[k] * eps}[kind].float()
 
     noise = torch.randn(20000, 1, 1, 1)
-    z = script.sample_ancestral(net, noise, None, bars, kind, generator=torch.Generator().manual_seed(1))
+    z = script.sample_ancestral(
+        net, noise, None, bars, kind, generator=torch.Generator().manual_seed(1)
+    )
     variance = 1.0
     for k in range(8, 0, -1):
-        gain = a[k] * var / (a[k]**2 * var + b[k]**2)  # x_hat = gain z
+        gain = a[k] * var / (a[k] ** 2 * var + b[k] ** 2)  # x_hat = gain z
         step = bars[k] / bars[k - 1]  # z_k | z_{k-1} ~ N(sqrt(step) z_{k-1}, 1 - step)
         if k == 1:  # z_0 = x_hat, no noise
             variance = gain**2 * variance
             continue
-        precision = step / (1 - step) + 1 / (1 - bars[k - 1])  # q(z_{k-1} | z_k, x): both are Gaussian
+        precision = step / (1 - step) + 1 / (
+            1 - bars[k - 1]
+        )  # q(z_{k-1} | z_k, x): both are Gaussian
         factor = (step.sqrt() / (1 - step) + a[k - 1] / (1 - bars[k - 1]) * gain) / precision
         variance = factor**2 * variance + 1 / precision
-    assert z.var().item() == pytest.approx(float(variance), rel=0.03) and abs(z.mean().item()) < 0.01
+    assert (
+        z.var().item() == pytest.approx(float(variance), rel=0.03) and abs(z.mean().item()) < 0.01
+    )
 
 
 def test_ancestral_sampler_clamps_x_and_ends_without_noise():
     far = lambda z, t, y: torch.full_like(z, 5.0)
-    z = script.sample_ancestral(far, torch.randn(4, 3, 2, 2), None, script.noise_schedule(5, 0.1, 0.5), "x")
+    z = script.sample_ancestral(
+        far, torch.randn(4, 3, 2, 2), None, script.noise_schedule(5, 0.1, 0.5), "x"
+    )
     assert torch.allclose(z, torch.ones_like(z), atol=1e-5)
 
 
@@ -386,7 +485,9 @@ def assert_same(one, two):
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("kind", SPACES)
 def test_end_to_end_and_three_plus_three_steps_equal_six(process, kind, monkeypatch):
-    monkeypatch.setattr(script, "noise_schedule", functools.partial(script.noise_schedule, 20, 1e-3, 0.4))
+    monkeypatch.setattr(
+        script, "noise_schedule", functools.partial(script.noise_schedule, 20, 1e-3, 0.4)
+    )
     flags = SMALL + ["--process", process, "--prediction", kind, "--loss", "eps"]
     script.main(flags + ["--out", "whole"])
     script.main(flags + ["--out", "parts", "--steps", "3"])
@@ -399,7 +500,9 @@ def test_end_to_end_and_three_plus_three_steps_equal_six(process, kind, monkeypa
 
 def test_sample_uses_the_checkpoint_s_config_and_the_ema(monkeypatch):
     script.main(SMALL + ["--out", "run"])
-    script.main(["--sample", "run/last.pt", "--n", "30", "--npz", "--device", "cpu", "--precision", "fp32"])
+    script.main(
+        ["--sample", "run/last.pt", "--n", "30", "--npz", "--device", "cpu", "--precision", "fp32"]
+    )
     with np.load("run/sample.npz") as file:
         first, labels = file["arr_0"], file["arr_1"]
     assert first.shape == (30, 8, 8, 3) and labels.tolist() == [i % 10 for i in range(30)]
@@ -408,17 +511,31 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema(monkeypatch):
     entries = dict(load_checkpoint("run/last.pt"))
     entries["model"] = {k: v * 0 for k, v in entries["model"].items()}  # only the EMA is sampled
     torch.save(entries, "run/other.pt")
-    script.main(["--sample", "run/other.pt", "--n", "30", "--npz", "--device", "cpu", "--precision", "fp32"])
+    script.main(
+        ["--sample", "run/other.pt", "--n", "30", "--npz", "--device", "cpu", "--precision", "fp32"]
+    )
     assert (np.load("run/sample.npz")["arr_0"] == first).all()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--image-size", "9"], ["9", "patch 4"]), (["--heads", "3"], ["multiple of 4"]),
-    (["--prediction", "noise"], ["noise", "eps"]), (["--loss", "l1"], ["l1", "eps"]),
-    (["--process", "vp"], ["vp", "ddpm"]), (["--time", "cosine"], ["cosine", "uniform"]),
-    (["--class-start", "2"], ["class_start 2"]), (["--process", "ddpm", "--noise-scale", "2"], ["noise_scale"]), (["--clip", "0"], ["clip"]),
-    (["--batch-size", "60000"], ["60000", "50000"]), (["--data", "no/where"], ["no/where", "shapes"]),
-    (["--preset", "imagenet"], ["imagenet", "cifar10"]), (["--wat"], ["--wat"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--image-size", "9"], ["9", "patch 4"]),
+        (["--heads", "3"], ["multiple of 4"]),
+        (["--prediction", "noise"], ["noise", "eps"]),
+        (["--loss", "l1"], ["l1", "eps"]),
+        (["--process", "vp"], ["vp", "ddpm"]),
+        (["--time", "cosine"], ["cosine", "uniform"]),
+        (["--class-start", "2"], ["class_start 2"]),
+        (["--process", "ddpm", "--noise-scale", "2"], ["noise_scale"]),
+        (["--clip", "1"], ["clip"]),
+        (["--patch", "0"], ["patch"]),
+        (["--batch-size", "60000"], ["60000", "50000"]),
+        (["--data", "no/where"], ["no/where", "shapes"]),
+        (["--preset", "imagenet"], ["imagenet", "cifar10"]),
+        (["--wat"], ["--wat"]),
+    ],
+)
 def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
     refuses(lambda: script.main(SMALL + ["--out", "run"] + flags), *words)
     assert not Path("run").exists()
@@ -437,11 +554,27 @@ def test_bad_checkpoints_to_sample(refuses):
 
 
 def command(*flags, ranks=1):
-    head = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    head = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "--",
+        ]
+    )  # without it torchrun takes --n for an abbreviation of its own flags
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(head + [str(ROOT / "ddpm_xpred.py"), *flags], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        head + [str(ROOT / "ddpm_xpred.py"), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process):
@@ -458,7 +591,9 @@ def test_killed_at_a_random_step_and_started_again_ends_with_the_same_weights(ra
         out = f"killed{trial}"
         process = command(*flags, "--out", out, ranks=ranks)
         log = Path(out, "metrics.jsonl")
-        while not (log.exists() and log.read_text().count("\n") >= random.Random(trial).randint(1, 150)):
+        while not (
+            log.exists() and log.read_text().count("\n") >= random.Random(trial).randint(1, 150)
+        ):
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         for pid in children(out):
@@ -487,8 +622,21 @@ def children(out):
 def test_two_ranks_train_as_one_sample_as_one_and_stop_together():
     flags = SMALL + ["--process", "flow"]
     finish(command(*flags, "--out", "two", ranks=2))
-    both = [command("--sample", "two/last.pt", "--n", "600", "--npz", "--out", f"s{r}", "--device", "cpu",
-                    ranks=r) for r in (1, 2)]
+    both = [
+        command(
+            "--sample",
+            "two/last.pt",
+            "--n",
+            "600",
+            "--npz",
+            "--out",
+            f"s{r}",
+            "--device",
+            "cpu",
+            ranks=r,
+        )
+        for r in (1, 2)
+    ]
     for r in (1, 2):
         Path(f"s{r}").mkdir(exist_ok=True)
         finish(both[r - 1])
@@ -501,5 +649,13 @@ def test_two_ranks_train_as_one_sample_as_one_and_stop_together():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda():
-    script.main([f for f in SMALL if f not in ("cpu", "fp32", "off", "--device", "--precision", "--compile")])
-    assert math.isfinite(json.loads(Path("runs/ddpm_xpred/metrics.jsonl").read_text().splitlines()[-1])["loss"])
+    script.main(
+        [
+            f
+            for f in SMALL
+            if f not in ("cpu", "fp32", "off", "--device", "--precision", "--compile")
+        ]
+    )
+    assert math.isfinite(
+        json.loads(Path("runs/ddpm_xpred/metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    )

@@ -1,8 +1,8 @@
 """A judge of samples: a small classifier trained on a data set's own labels, and Fréchet distance.
 
-    python -m tests.claims.judge --data shapes --image-size 16     train it: assets/judge_shapes_16.safetensors
-    python -m tests.claims.judge --data shapes --image-size 16 --npz runs/ddpm_xpred/sample.npz
-    python -m tests.claims.judge --data data/cifar10 --image-size 32 --npz FILE --judge timm:resnet50
+    python -m tests.claims.judge --image-size 16                  # trains assets/judge_shapes_16...
+    python -m tests.claims.judge --image-size 16 --npz runs/ddpm_xpred/sample.npz        # judges
+    python -m tests.claims.judge --data data/cifar10 --npz FILE --judge timm:resnet50    # as well
 
 The judge is never the teacher of a method. Its Fréchet distances compare arms on one data set with
 one judge and one number of samples; they are not the FID of Inception features. The floor beside
@@ -30,7 +30,8 @@ class Judge(nn.Module):
     def __init__(self, classes):
         super().__init__()
         def layer(a, b, stride):
-            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.SiLU())
+            convolution = nn.Conv2d(a, b, 3, stride, 1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(b), nn.SiLU())
         self.body = nn.Sequential(layer(3, 32, 1), layer(32, 64, 2), layer(64, 64, 1),
                                   layer(64, 128, 2), layer(128, 128, 1))
         self.head = nn.Linear(128, classes)
@@ -49,11 +50,9 @@ def judge_file(data, size):
 
 
 def parts(data):
-    """A data set in two: training part and held-out tenth, each uint8 (n, 3, S, S) and int64 (n,)."""
-    held = torch.arange(data.size, device=data.labels.device) % 10 == 3
-    # a tenth of the order, not of the classes: shuffle with a fixed seed, for files lie class by class
-    order = torch.randperm(data.size, generator=torch.Generator().manual_seed(0)).to(held.device)
-    rest, test = order[~held], order[held]
+    """A data set in two, nine tenths and a held-out one: uint8 (n, 3, S, S) and int64 (n,) each."""
+    order = torch.randperm(data.size, generator=torch.Generator().manual_seed(0))
+    test, rest = order.to(data.labels.device).tensor_split([data.size // 10])
     return (data.images[rest], data.labels[rest]), (data.images[test], data.labels[test])
 
 
@@ -90,7 +89,7 @@ def train_judge(args):
 
 
 def load_judge(data, size, spec="", device="cpu"):
-    """Module with features(images (B, 3, S, S) in [-1, 1]) -> (B, D), and logits if it is a Judge."""
+    """Module with features(images (B, 3, S, S) in [-1, 1]) -> (B, D); a Judge gives logits too."""
     if spec.startswith("timm:"):
         encoder = load_encoder(spec, grid=max(1, 224 // 16)).to(device)
         encoder.features = lambda images: encoder(images).mean(1)
@@ -126,7 +125,7 @@ def to_float(images):
 
 
 def frechet(one, two):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of (mean, covariance) pairs in float64."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5) of pairs (mean, covariance), in float64."""
     (m1, c1), (m2, c2) = one, two
     values, vectors = torch.linalg.eigh(c1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -135,8 +134,8 @@ def frechet(one, two):
 
 
 def judge_samples(judge, data, images, labels=None):
-    """Fréchet distance of samples uint8 (n, 3, S, S) to nine tenths of a data set, the floor of n
-    held-out images (at most a tenth), and the accuracy if labels (n,) are given. A dict of floats."""
+    """fd of samples uint8 (n, 3, S, S) to nine tenths of a set, fd_floor of as many held-out images
+    (at most a tenth of the set), and with labels (n,) the accuracy on both. A dict of floats."""
     (real, _), (held, held_labels) = parts(data)
     reference, n = statistics(judge, real), min(len(images), len(held))
     result = {"fd": frechet(statistics(judge, images), reference),
@@ -155,7 +154,7 @@ def main(argv=None):
     parser.add_argument("--image-size", type=int, default=32, help="side in pixels [32]")
     parser.add_argument("--npz", default="", help="judge these samples instead of training a judge")
     parser.add_argument("--judge", default="", help="timm:<name> or a judge file [that of --data]")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps [2000]")
+    parser.add_argument("--steps", type=int, default=800, help="training steps [800]")
     parser.add_argument("--batch-size", type=int, default=128, help="images per step [128]")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable images")
@@ -173,7 +172,8 @@ def main(argv=None):
     labels = None if labels is None else torch.from_numpy(labels).to(device)
     images = images.permute(0, 3, 1, 2).contiguous().to(device)
     result = judge_samples(judge, load_images(args, device), images, labels)
-    print(f"{args.npz}: {len(images)} samples  " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+    numbers = "  ".join(f"{k} {v:.3f}" for k, v in result.items())
+    print(f"{args.npz}: {len(images)} samples  {numbers}")
 
 
 if __name__ == "__main__":

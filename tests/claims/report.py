@@ -23,19 +23,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def open_report(script, doc, argv=None):
     """Command line and state of a claim: a dict with script, preset, device, seconds, rows, claims.
 
-    --preset cpu | gpu, --out (folder of arms), --results (folder of JSON and PNG), --device, --reuse
+    Flags: --preset cpu or gpu, --out for the arms, --results for JSON and PNG, --device, --reuse.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu"), help="size of the claim [cpu]")
-    parser.add_argument("--out", default="", help="folder of the arms [runs/claims/<script>-<preset>]")
-    parser.add_argument("--results", default="results", help="folder of the JSON and the figure [results]")
+    parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu"), help="the size [cpu]")
+    parser.add_argument("--out", default="", help="the arms [runs/claims/<script>-<preset>]")
+    parser.add_argument("--results", default="results", help="JSON and figure [results]")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--reuse", action="store_true", help="keep arms that were made by other code")
+    parser.add_argument("--reuse", action="store_true", help="keep arms made by other code")
     args = parser.parse_args(argv)
     files = [ROOT / f"{script}.py", ROOT / "common.py", ROOT / f"tests/claims/{script}.py"]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
     Path(args.results).mkdir(parents=True, exist_ok=True)
     return {
@@ -45,14 +46,14 @@ def open_report(script, doc, argv=None):
         "json": {
             "script": script, "preset": args.preset,
             "command": f"python -m tests.claims.{script} --preset {args.preset}",
-            "commit": git.stdout.strip() or "none",
+            "commit": commit or "none",
             "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, "
             f"{torch.get_num_threads()} threads", "torch": torch.__version__, "seconds": 0.0,
             "seeds": [], "claims": [], "rows": []}}
 
 
 def arm(report, table, name, seed, measure):
-    """Metrics of one arm and seed: measure(folder) -> {metric: float}, or what an earlier call left.
+    """Metrics of one arm and seed: measure(folder) -> {metric: float}, or an earlier call's.
 
     Arms made by other code are refused unless --reuse. Returns the metrics; rewrites the JSON.
     """
@@ -64,9 +65,9 @@ def arm(report, table, name, seed, measure):
             fail(f"{kept} was made by other code: remove {report['arms']}, or pass --reuse")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        metrics = measure(folder)
-        result = {"code": report["code"], "seconds": time.perf_counter() - start, "metrics": metrics}
+        start, metrics = time.perf_counter(), measure(folder)
+        seconds = time.perf_counter() - start
+        result = {"code": report["code"], "seconds": seconds, "metrics": metrics}
         kept.write_text(json.dumps(result))
     report["done"].setdefault((table, name), {})[seed] = result["metrics"]
     report["json"]["seconds"] = round(report["json"]["seconds"] + result["seconds"], 1)
@@ -103,7 +104,7 @@ def conclude(report, table, claim, agrees):
 
 
 def write(report):
-    """results/<script>_<preset>.json: mean, standard deviation (n - 1) and values of every metric."""
+    """results/<script>_<preset>.json: mean, std (of n - 1) and values of every metric."""
     rows, seeds = [], set()
     for (table, name), runs in report["done"].items():
         seeds |= set(runs)

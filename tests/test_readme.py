@@ -1,0 +1,124 @@
+"""README against the repository: cells equal results/, commands parse, CI runs its set-up."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n?(?:sh|bash)?\n(.*?)```", README, re.S)
+CELLS = re.findall(r"<!-- (\w+) (\w+)((?: \| [^|>]+){3}) -->([^|<]*)", README)
+
+
+def test_cells_equal_their_json():
+    """`<!-- script preset | table | arm | metric -->value`: value is mean, or mean ± std."""
+    assert CELLS
+    for script, preset, key, shown in CELLS:
+        path = ROOT / f"results/{script}_{preset}.json"
+        if not path.exists():
+            assert shown.strip() == "not measured", (script, preset, shown)
+            continue
+        table, arm, metric = [k.strip() for k in key.split(" | ")[1:]]
+        rows = [
+            r
+            for r in json.loads(path.read_text())["rows"]
+            if (r["table"], r["arm"]) == (table, arm)
+        ]
+        assert len(rows) == 1, (table, arm)
+        m = rows[0]["metrics"][metric]
+        assert shown.strip() == cell(m["mean"], m["std"]), (
+            table,
+            arm,
+            metric,
+            cell(m["mean"], m["std"]),
+        )
+
+
+def cell(mean, std):
+    """How a figure is written: three significant digits, the spread with as many decimals."""
+    decimals = max(0, 2 - (len(str(int(abs(mean)))) - 1 if abs(mean) >= 1 else 0))
+    return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results").glob("*_?pu.json")), ids=lambda p: p.stem
+)
+def test_results_have_the_agreed_form(path):
+    report = json.loads(path.read_text())
+    for key in (
+        "script",
+        "preset",
+        "command",
+        "commit",
+        "device",
+        "torch",
+        "seconds",
+        "seeds",
+        "claims",
+        "rows",
+    ):
+        assert key in report
+    assert (
+        path.stem == f"{report['script']}_{report['preset']}" and path.with_suffix(".png").exists()
+    )
+    for claim in report["claims"]:
+        assert claim["agrees"] in ("as in the paper", "partly", "not resolved", "contradicted")
+    for row in report["rows"]:
+        for m in row["metrics"].values():
+            v = m["values"]
+            mean = sum(v) / len(v)
+            assert m["n"] == len(v) and m["mean"] == pytest.approx(mean)
+            if len(v) > 1:
+                assert m["std"] ** 2 == pytest.approx(
+                    sum((x - mean) ** 2 for x in v) / (len(v) - 1), rel=1e-6, abs=1e-30
+                )
+
+
+def test_two_set_up_commands_are_complete_and_ci_runs_the_second():
+    setup = "python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    commands = [line for block in BLOCKS for line in block.splitlines() if line.startswith(setup)]
+    assert [c.removeprefix(setup) for c in commands] == ["python ddpm_xpred.py", "pytest -q"]
+    ci = (ROOT / ".ci/run").read_text()
+    pattern = re.search(r"sed -n '([^']+)' README.md", ci)
+    assert pattern and "<!-- test -->" in pattern.group(1) and README.count("<!-- test -->") == 1
+    after = README.split("<!-- test -->")[1]
+    assert next(line for line in after.splitlines() if "pytest" in line) == commands[1]
+    assert "pip install" not in ci and "apt" not in ci  # nothing but the README's own command
+
+
+def test_every_command_parses(monkeypatch):
+    seen = 0
+    for line in "\n".join(BLOCKS).splitlines():
+        line = line.split("  #")[0].replace("$(nproc)", "8")
+        for part in line.split("&&"):
+            words = shlex.split(part)
+            script = next((w for w in words if w.endswith(".py") and "/" not in w), None)
+            if words[:1] in (["python"], ["torchrun"]) and script:
+                module = importlib.import_module(script[:-3])
+                flags = words[words.index(script) + 1 :]
+                if "--sample" in flags or "--help" in flags:
+                    allowed = set(module.Config.__annotations__)
+                    assert all(
+                        f[2:].replace("-", "_") in allowed | {"help"}
+                        for f in flags
+                        if f[:2] == "--"
+                    )
+                else:
+                    module.parse_config(module.Config, module.PRESETS, (), flags)
+                seen += 1
+            elif words[:2] == ["python", "-m"] and words[2].startswith("tests."):
+                importlib.import_module(words[2])
+                seen += 1
+    assert seen >= 6
+
+
+def test_every_script_is_named_with_its_number_of_lines():
+    for path in ROOT.glob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert re.search(rf"\[{path.name}\]\({path.name}\)[^\n]*\| {lines} \|", README) or (
+            path.name == "common.py" and f"common.py` ({lines} lines)" in README
+        ), (path.name, lines)
