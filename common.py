@@ -32,26 +32,20 @@ def explain(what, *kinds):
             reason += f": pip install {error.name}"
         fail(f"{what}: {reason}")
 
-def one_of(cfg, **allowed):
-    """ValueError unless each named field of cfg is one of its space-separated words."""
-    for name, words in allowed.items():
-        if getattr(cfg, name) not in words.split():
-            raise ValueError(f"{name} is {getattr(cfg, name)!r}, allowed are {words}")
-
 def parse_config(cls, presets, sampling=(), argv=None):
-    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help.
+    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help; a note
+    that begins with words, `# x | eps: ...`, allows these words only.
     presets   {name: {field: value}}; a preset beats the defaults, a flag beats the preset
     sampling  fields allowed beside --sample FILE; all others come from that checkpoint
     errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects"""
     notes = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(cls), re.M))
-    choices = {"preset": presets, "device": ("auto", "cuda", "mps", "cpu"),
-               "precision": ("auto", "bf16", "fp32"), "compile": ("auto", "on", "off")}
     parser = argparse.ArgumentParser(allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists what is allowed)")
     for name, kind in cls.__annotations__.items():
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        how |= {"choices": choices[name]} if name in choices else {}
+        words = re.match(r"([\w-]+(?: \| [\w-]+)+)(?:[:;]|$)", notes[name])
+        how |= {"choices": words[1].split(" | ")} if words else {}
         how["help"] = f"{notes[name]} [{getattr(cls, name)}]".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
@@ -67,7 +61,7 @@ def parse_config(cls, presets, sampling=(), argv=None):
         cfg = cls(**values | given)
     for name in "steps batch_size image_size log_every save_every sample_every n".split():
         if getattr(cfg, name) < 1:
-            fail(f"{name} must be at least 1, got {getattr(cfg, name)}")
+            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
     return cfg
 
 def mix(*keys):
@@ -409,9 +403,10 @@ def log(cfg, state, step, **values):
     mean, now = check_finite(cfg, state, step).mean(0), time.perf_counter()
     (first, before), state["clock"] = state["clock"], (step + 1, now)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    memory = torch.cuda.max_memory_allocated() if row.is_cuda else host
+    rate = cfg.batch_size * (step + 1 - first) / (now - before)
     line = values | dict(zip(tensors, mean.tolist()))
-    line["images_per_s"] = cfg.batch_size * (step + 1 - first) / (now - before)
-    line["memory_gb"] = (torch.cuda.max_memory_allocated() if row.is_cuda else host) / 2**30
+    line |= {"images_per_s": rate, "memory_gb": memory / 2**30}
     if RANK == 0:
         tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
@@ -459,8 +454,7 @@ def save_gif(videos, path, columns, fps=8):
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
     frames = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
     first, *rest = [Image.fromarray(x.numpy()) for x in frames.expand(-1, -1, -1, 3)]
-    loop = {"save_all": True, "append_images": rest, "duration": 1000 // fps, "loop": 0}
-    first.save(path, **(loop if rest else {}))
+    first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
 def save_npz(images, labels, path):
     """Samples in ADM's evaluation format: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,)."""

@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import nn
 
 from common import (autocast, batch, due, ema_update, gather, load_checkpoint, load_images, log,
-                    one_of, parallel, parse_config, save_grid, save_npz, setup, shares, steps)
+                    parallel, parse_config, save_grid, save_npz, setup, shares, steps)
 
 # ---- config ----------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class Config:
     class_tokens: int = 4  # copies of the class embedding put before the image tokens (Tab. 4)
     class_start: int = 2  # block before which they enter, counted from 0 (Tab. 9)
     dropout: float = 0.0  # in the middle half of the blocks (Tab. 9)
-    process: str = "flow"  # flow: z = t x + (1 - t) eps | ddpm: variance-preserving, 1000 steps
+    process: str = "flow"  # flow | ddpm: z = t x + (1 - t) eps, or variance-preserving, 1000 steps
     prediction: str = "x"  # x | eps | v: what the network outputs (Tab. 1)
     loss: str = "v"  # x | eps | v: where the squared error is taken (Tab. 1)
     time: str = "logit-normal"  # logit-normal | uniform: law of t in training
@@ -83,8 +83,6 @@ class Config:
         for name in ("patch", "dim", "depth", "heads", "sampling_steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        one_of(self, process="flow ddpm", prediction="x eps v", loss="x eps v",
-               time="logit-normal uniform")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
         if self.dim % self.heads or self.dim // self.heads % 4:

@@ -20,13 +20,13 @@ import common
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = ""  # p
+    preset: str = ""  # big | small: p
     out: str = ""  # o
     fresh: bool = False  # f
     seed: int = 0  # s
-    device: str = "cpu"  # d
-    precision: str = "fp32"  # p
-    compile: str = "off"  # c
+    device: str = "cpu"  # auto | cuda | mps | cpu: d
+    precision: str = "fp32"  # auto | bf16 | fp32; auto: p
+    compile: str = "off"  # auto | on | off: c
     data: str = "shapes"  # d
     image_size: int = 8  # i
     flip: bool = False  # f

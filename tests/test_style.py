@@ -80,6 +80,8 @@ def test_every_flag_is_read_and_the_shared_ones_come_first_in_order(path):
     assert not unread
     shared = [n for n in names if n in FLAGS]
     assert shared == [n for n in FLAGS if n in names]
+    words = re.search(r"preset: str = \"\"  # ([^;]+);", text).group(1)
+    assert words.split(" | ") == list(module.PRESETS)
     for preset in module.PRESETS.values():
         assert set(preset) <= set(names)
         module.Config(**preset)
