@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -33,8 +32,8 @@ def explain(what, *kinds):
         fail(f"{what}: {reason}")
 
 def parse_config(cls, presets, sampling=(), argv=None):
-    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help; a note
-    that begins with words, `# x | eps: ...`, allows these words only.
+    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help; one
+    that begins with words, `# on | off: ...`, allows these words only.
     presets   {name: {field: value}}; a preset beats the defaults, a flag beats the preset
     sampling  fields allowed beside --sample FILE; all others come from that checkpoint
     errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects"""
@@ -70,7 +69,8 @@ def mix(*keys):
 
 def setup(cfg):
     """Start ranks, seed (the same on all: equal initial weights), check cfg.out; torch.device."""
-    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    mps = torch.backends.mps.is_available()
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
         fail(f"--device {kind}: this machine has {', '.join(there)}")
@@ -79,8 +79,8 @@ def setup(cfg):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    elif kind == "cpu":  # on short sequences the fused kernel costs ten times the plain products
-        torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for every device
+    # on a CPU and short sequences the fused attention kernel costs ten times the plain products
+    torch.backends.cuda.enable_flash_sdp(kind != "cpu")  # despite its name, for every device
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
@@ -116,7 +116,7 @@ def ema_update(ema, model, decay, step):
     for mine, theirs in zip(ema.buffers(), model.buffers()):
         mine.copy_(theirs)
 
-# ---- data ------------------------------------------------------------------------------
+# ---- data, frozen encoders -------------------------------------------------------------
 def shapes(n, size, seed, device="cpu"):
     """Bright shapes on dark, free in position, scale, angle and two colours: ten 10-d manifolds.
     returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,): i % 10 for image i, index of SHAPES
@@ -196,11 +196,12 @@ def load_images(cfg, device, split="train"):
     return data
 
 def open_dataset(name, split):
-    """A folder or .tar of class sub-folders, or what timm.data.create_dataset knows; its classes."""
+    """A folder or .tar of class sub-folders, or what timm's create_dataset knows; its classes."""
     with explain(f"--data {name}", Exception):  # whatever that data set's library raises
         from timm.data import create_dataset
         if name.startswith(("torch/", "hfds/", "hfids/", "tfds/", "wds/")):
-            dataset = create_dataset(name, "data", split, is_training=split == "train", download=True)
+            train = split == "train"
+            dataset = create_dataset(name, "data", split, is_training=train, download=True)
         elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
             dataset = create_dataset("", name, split)
         else:
@@ -216,7 +217,7 @@ def open_dataset(name, split):
     return dataset, len(names)
 
 def square(image, size):
-    """Centre crop after ADM: halve while twice too large, bicubic to size. PIL -> uint8 (3, S, S)."""
+    """ADM's centre crop: halve while twice too large, bicubic to size. PIL -> uint8 (3, S, S)."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
@@ -257,7 +258,7 @@ def batch_indices(size, cfg, step):
     return order[i * cfg.batch_size:(i + 1) * cfg.batch_size].chunk(WORLD)[RANK]
 
 def batch(data, cfg, device, step):
-    """This rank's part of the batch: float32 (B / ranks, 3, S, S) in [-1, 1], int64 (B / ranks,)."""
+    """This rank's part of a batch: float32 (B / ranks, 3, S, S) in [-1, 1], int64 (B / ranks,)."""
     if data.images is not None:
         index = batch_indices(data.size, cfg, step).to(device, non_blocking=True)
         pixels, labels = data.images[index], data.labels[index]
@@ -272,7 +273,6 @@ def batch(data, cfg, device, step):
         images = torch.where(mirror, images.flip(-1), images)
     return images, labels
 
-# ---- frozen encoders -------------------------------------------------------------------
 class Encoder(nn.Module):
     """Frozen timm backbone: images (B, 3, H, W) in [-1, 1] -> tokens (B, N, dim), for any H, W."""
     def __init__(self, model, grid, norm, mean, std):
@@ -294,10 +294,10 @@ def load_encoder(spec, grid, norm="final"):
     """A frozen encoder of images into grid x grid tokens: Encoder, its width in `.dim`.
     spec     timm:<name>, with timm's pretrained weights, or a .safetensors file with metadata timm
              (name), args, mean, std (JSON; for images in [0, 1]); looked up beside this file too
-    norm     final: the encoder's own last norm | none: before it | plain: LayerNorm without affine"""
+    norm     final: the encoder's own last one | none: before it | plain: LayerNorm, not affine"""
     import timm, safetensors
     path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
-    with explain(f"--encoder {spec} (timm:name, or a file: python simsiam.py makes one)", Exception):
+    with explain(f"--encoder {spec} (timm:name, or a file that simsiam.py makes)", Exception):
         if spec.startswith("timm:"):
             patch = getattr(timm.create_model(spec[5:]), "patch_embed", None)
             size = {"img_size": grid * patch.patch_size[0]} if patch else {}
@@ -361,7 +361,7 @@ def start_run(cfg, state):
 def steps(cfg, state):
     """`for step in steps(cfg, state)`: resumes, seeds each step from (seed, step, rank), saves.
     state    {name: module, optimizer or plain value}: what last.pt holds beside step and config
-    It saves every save_every steps, at the end, and on Ctrl-C or SIGTERM; then exits, 128 + signal."""
+    Saves every save_every steps, at the end, and on Ctrl-C or SIGTERM; then exits, 128 + signal."""
     state["log"], caught = torch.zeros(0, 0), []
     start = start_run(cfg, state)
     state["clock"] = start, time.perf_counter()
@@ -382,7 +382,7 @@ def steps(cfg, state):
                     entries |= {"step": step + 1, "config": vars(cfg)}
                     save_checkpoint(Path(cfg.out, "last.pt"), entries)
             if stop and step + 1 < cfg.steps:
-                fail(f"stopped at step {step + 1}, saved; the same command goes on", 128 + int(stop))
+                fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -392,8 +392,8 @@ def due(cfg, every, step):
     return (step + 1) % every == 0 or step + 1 == cfg.steps
 
 def log(cfg, state, step, **values):
-    """Called every step; a line to terminal and metrics.jsonl every log_every steps. Of values, scalar
-    tensors stay on the device until then: mean since the last line. Numbers are written as is."""
+    """Called every step; a line to terminal and metrics.jsonl every log_every steps. Of values,
+    scalar tensors stay on the device until then: mean since the last line; numbers are as is."""
     tensors = {k: v for k, v in values.items() if torch.is_tensor(v)}
     row = torch.stack([v.detach().float() for v in tensors.values()])[None]  # (1, tensors)
     begins = due(cfg, cfg.log_every, step - 1)
@@ -425,7 +425,7 @@ def check_finite(cfg, state, step):
 
 # ---- samples and pictures --------------------------------------------------------------
 def shares(n, size, seed):
-    """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator for each."""
+    """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator each."""
     for i, index in list(enumerate(torch.arange(n).split(size)))[RANK::WORLD]:
         yield index, torch.Generator().manual_seed(mix(seed, i))
 
@@ -452,7 +452,7 @@ def save_gif(videos, path, columns, fps=8):
     zoom, blank = max(1, 64 // videos.shape[-1]), -len(videos) % columns
     videos = to_uint8(videos).cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
-    frames = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
+    frames = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2).flatten(3, 4).flatten(1, 2)
     first, *rest = [Image.fromarray(x.numpy()) for x in frames.expand(-1, -1, -1, 3)]
     first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
