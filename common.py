@@ -15,6 +15,7 @@ SHAPES = "disc ring square triangle cross star crescent bar pair corner".split()
 FREE = "fresh device log_every save_every sample_every steps sample n npz out".split()  # on resume
 
 # ---- command line, device, ranks, precision --------------------------------------------
+
 def fail(message, status=2):
     """End the program with one line on stderr. Status 2: bad input; 1: the run itself broke."""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", sys.stderr)
@@ -74,7 +75,7 @@ def setup(cfg):
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
         fail(f"--device {kind}: this machine has {', '.join(there)}")
-    if cfg.batch_size % WORLD:
+    if cfg.batch_size % WORLD and not cfg.sample:
         fail(f"--batch-size {cfg.batch_size} must be divisible by the {WORLD} ranks")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -117,6 +118,7 @@ def ema_update(ema, model, decay, step):
         mine.copy_(theirs)
 
 # ---- data, frozen encoders -------------------------------------------------------------
+
 def shapes(n, size, seed, device="cpu"):
     """Bright shapes on dark, free in position, scale, angle and two colours: ten 10-d manifolds.
     returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,): i % 10 for image i, index of SHAPES
@@ -310,6 +312,7 @@ def load_encoder(spec, grid, norm="final"):
         return Encoder(model, grid, norm, *(json.loads(meta[k]) for k in ("mean", "std")))
 
 # ---- the run ---------------------------------------------------------------------------
+
 def load_checkpoint(path):
     """Entries of a checkpoint, mapped from disk; code in the file is refused, not run."""
     with explain(f"{path} is missing, truncated or no checkpoint of these scripts", Exception):
@@ -424,6 +427,7 @@ def check_finite(cfg, state, step):
     return rows
 
 # ---- samples and pictures --------------------------------------------------------------
+
 def shares(n, size, seed):
     """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator each."""
     for i, index in list(enumerate(torch.arange(n).split(size)))[RANK::WORLD]:
@@ -452,8 +456,9 @@ def save_gif(videos, path, columns, fps=8):
     zoom, blank = max(1, 64 // videos.shape[-1]), -len(videos) % columns
     videos = to_uint8(videos).cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
-    frames = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2).flatten(3, 4).flatten(1, 2)
-    first, *rest = [Image.fromarray(x.numpy()) for x in frames.expand(-1, -1, -1, 3)]
+    cells = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2)  # F, row, H, column, W, C
+    frames = cells.flatten(3, 4).flatten(1, 2).expand(-1, -1, -1, 3).numpy()
+    first, *rest = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
 def save_npz(images, labels, path):
