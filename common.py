@@ -48,7 +48,7 @@ def parse_config(cls, presets, sampling=(), argv=None):
         how |= {"choices": words[1].split(" | ")} if words else {}
         how["help"] = f"{notes[name]} [{getattr(cls, name)}]".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args(argv))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v or k != "out"}
     preset, source = given.get("preset", ""), given.get("sample", "")
     out = f"runs/{Path(inspect.getfile(cls)).stem}-{preset}".strip("-")
     values = {"out": out} | presets.get(preset, {})
@@ -162,15 +162,17 @@ def shape_distance(name, x, y):
     }[name]()
 
 def load_images(cfg, device, split="train"):
-    """The data set of --data: on the device if that leaves half of its memory free, else streamed.
+    """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
     split    "train", or "validation": shapes with data seed 1, or a data set's own held-out part
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
     S, cuda = cfg.image_size, device.type == "cuda"
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    free = torch.cuda.mem_get_info()[0] if cuda else pages
-    loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # shared by the ranks
+    memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = min(memory, torch.cuda.mem_get_info()[1]) if cuda else memory
+    loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
+                               generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
     if cfg.data == "shapes":
         data.size, seed = (50_000, 0) if split == "train" else (10_000, 1)
@@ -181,7 +183,7 @@ def load_images(cfg, device, split="train"):
             dataset.transform, data.size = functools.partial(square, size=S), math.inf
             part = loader(dataset, cfg.batch_size // WORLD, drop_last=True)
             data.stream = lambda step: itertools.chain.from_iterable(itertools.repeat(part))
-        elif len(dataset) * 3 * S * S > free / 2:
+        elif len(dataset) * 3 * S * S > memory / 4:
             data.size, read = len(dataset), functools.partial(read_images, dataset, cfg, True)
             data.stream = lambda step: iter(loader(range(step, cfg.steps), None, collate_fn=read))
         else:
@@ -202,8 +204,12 @@ def open_dataset(name, split):
     with explain(f"--data {name}", Exception):  # whatever that data set's library raises
         from timm.data import create_dataset
         if name.startswith(("torch/", "hfds/", "hfids/", "tfds/", "wds/")):
-            train = split == "train"
-            dataset = create_dataset(name, "data", split, is_training=train, download=True)
+            for turn in range(2):  # rank 0 first: it downloads
+                if turn == (RANK > 0):
+                    dataset = create_dataset(name, "data", split, download=True,
+                                             is_training=split == "train")
+                if WORLD > 1:
+                    dist.barrier()
         elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
             dataset = create_dataset("", name, split)
         else:
@@ -242,7 +248,7 @@ def read_images(dataset, cfg, streamed, i):
             pairs.append((square(image, size)[None], torch.tensor([int(label)])))
         except Exception as error:  # Pillow raises many kinds
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-            if not cfg.skip_bad:
+            if not cfg.skip_bad or len(queue) > 2 * len(dataset):  # none of them can be read
                 raise OSError(f"cannot read image {name} (--skip-bad leaves it out): {error}")
             tqdm.write(f"left out image {name}, which cannot be read: {error}", file=sys.stderr)
             queue += [(index + 1) % n] * streamed
@@ -323,8 +329,9 @@ def save_checkpoint(path, entries):
     """Write under another name, flush, rename: a kill leaves the old file or the new one, whole."""
     new, previous = path.with_suffix(".new"), path.with_name("prev.pt")
     try:
-        with open(new, "wb", buffering=0) as f:
+        with open(new, "wb") as f:
             torch.save(entries, f)
+            f.flush()
             os.fsync(f.fileno())
         if path.exists():  # a second name for the old one, so that `path` never goes missing
             previous.unlink(missing_ok=True)
@@ -355,10 +362,13 @@ def start_run(cfg, state):
                 file.unlink(missing_ok=True)
             if last.exists() and json.loads((out / "config.json").read_text())["code"] != code:
                 tqdm.write(f"warning: the code has changed since {last} was made")
-            (out / "config.json").write_text(json.dumps(vars(cfg) | {"code": code}, indent=1))
             table.touch()  # and drop the lines of steps that a kill undid
             lines = [x for x in table.read_text().splitlines(True) if x.endswith("}\n")]
-            table.write_text("".join(x for x in lines if json.loads(x)["step"] <= saved["step"]))
+            lines = [x for x in lines if json.loads(x)["step"] <= saved["step"]]
+            config = json.dumps(vars(cfg) | {"code": code}, indent=1)
+            for file, text in (out / "config.json", config), (table, "".join(lines)):
+                file.with_suffix(".new").write_text(text)
+                os.replace(file.with_suffix(".new"), file)  # whole at every moment
         return saved["step"]
 
 def steps(cfg, state):
@@ -368,8 +378,12 @@ def steps(cfg, state):
     state["log"], caught = torch.zeros(0, 0), []
     start = start_run(cfg, state)
     state["clock"] = start, time.perf_counter()
-    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
+
+    handlers = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
                          disable=RANK > 0 or None):
@@ -385,6 +399,7 @@ def steps(cfg, state):
                     entries |= {"step": step + 1, "config": vars(cfg)}
                     save_checkpoint(Path(cfg.out, "last.pt"), entries)
             if stop and step + 1 < cfg.steps:
+                dist.barrier() if WORLD > 1 else None  # or torchrun would kill rank 0 as it saves
                 fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
     finally:
         for number, handler in handlers.items():
@@ -442,7 +457,9 @@ def gather(parts):
     return values[index.argsort()]
 
 def to_uint8(images):
-    """[-1, 1] -> 0 ... 255, clipped and rounded."""
+    """[-1, 1] -> 0 ... 255, clipped and rounded; uint8 stays as it is."""
+    if images.dtype == torch.uint8:
+        return images
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def save_grid(images, path, columns):

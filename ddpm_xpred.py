@@ -1,4 +1,4 @@
-"""A transformer on raw pixels that predicts the clean image (JiT), beside its eight relatives.
+"""A pixel transformer that predicts the clean image (JiT), and the other eight trainers of Tab. 2.
 
 Paper     Li, He. Back to Basics: Let Denoising Generative Models Denoise. arXiv:2511.13720v1 (JiT)
           Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. arXiv:2006.11239v2 (DDPM)
@@ -7,20 +7,19 @@ Here      JiT Eq. 1-2 flow_matching, Tab. 1 convert, Tab. 2 denoising_loss, Alg.
 Changed   the target takes the same clipped conversion as the output (the authors' code does so too;
           clipping the output alone would give a perfect one a loss); divisions by t, which only
           eps-prediction has, are clipped like those by 1 - t; rotary embedding turns the channels
-          (i, i + D / 2) instead of (2i, 2i + 1), a renaming that runs faster; --process ddpm: time
-          runs as in JiT, from noise to data, and v points to the data, b x - a eps
-Left out  JiT's three parallel EMAs, auxiliary classifier loss and guidance sweeps; DDPM's discrete
-          decoder (Eq. 13) and its U-Net
+          (i, i + D / 2) instead of (2i, 2i + 1), a renaming that runs faster; one EMA, with a ramp;
+          --process ddpm: time runs as in JiT, from noise to data; v points to the data, b x - a eps
+Left out  JiT's three EMAs in parallel, auxiliary classifier loss and guidance sweeps; DDPM's
+          discrete decoder (Eq. 13) and its U-Net
 Notation  x    clean image, (B, 3, H, W) in [-1, 1]     t  0 = noise ... 1 = data, float32 (B,)
           eps  noise of the same shape                  y  class, int64 (B,); `classes` = no class
-          z    a x + b eps, the noisy image             a, b, p, q  factors at t, (B, 1, 1, 1)
-          v    p x + q eps, the velocity                *_hat       predicted by the network
+          z    a x + b eps, the noisy image             a, b, da, db  factors at t, (B, 1, 1, 1)
+          v    da x + db eps, the velocity              *_hat         predicted by the network
 Run       python ddpm_xpred.py                     # not measured
           python ddpm_xpred.py --preset cifar10    # not measured
           torchrun --nproc-per-node 8 ddpm_xpred.py --preset paper --data <folder>  # not measured
 """
 import copy
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,8 @@ from einops import rearrange
 from torch import nn
 
 from common import (autocast, batch, due, ema_update, gather, load_checkpoint, load_images, log,
-                    parallel, parse_config, save_grid, save_npz, setup, shares, steps)
+                    parallel, parse_config, save_grid, save_npz, setup, shares, steps,
+                    to_uint8)
 
 # ---- config ----------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
-    compile: str = "auto"  # auto | on | off; auto: with CUDA or g++; the first step takes a minute
+    compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 16  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images
@@ -50,7 +50,7 @@ class Config:
     steps: int = 5000  # optimizer steps
     lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay; constant after the warm-up (Tab. 9)
     warmup: int = 200  # steps of linear warm-up (Tab. 9)
-    ema_decay: float = 0.999  # of the weights that are sampled (Tab. 9)
+    ema_decay: float = 0.999  # of the weights that are sampled (Tab. 9: .9996, .9998 and .9999)
     log_every: int = 100  # steps between two lines in metrics.jsonl
     save_every: int = 1000  # steps between two checkpoints
     sample_every: int = 2500  # steps between two sample grids
@@ -68,7 +68,7 @@ class Config:
     process: str = "flow"  # flow | ddpm: z = t x + (1 - t) eps, or variance-preserving, 1000 steps
     prediction: str = "x"  # x | eps | v: what the network outputs (Tab. 1)
     loss: str = "v"  # x | eps | v: where the squared error is taken (Tab. 1)
-    time: str = "logit-normal"  # logit-normal | uniform: law of t in training
+    time: str = "logit-normal"  # logit-normal | uniform: law of t in training (flow only)
     t_mean: float = -0.8  # mean of logit(t) (Tab. 3)
     t_std: float = 0.8  # standard deviation of logit(t)
     noise_scale: float = 1.0  # standard deviation of eps; image_size / 256 from 256 pixels on
@@ -83,6 +83,9 @@ class Config:
         for name in ("patch", "dim", "depth", "heads", "sampling_steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "t_std", "noise_scale", "bottleneck", "class_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
         if self.dim % self.heads or self.dim // self.heads % 4:
@@ -92,6 +95,8 @@ class Config:
         for name in ("clip", "label_drop", "dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.prediction == "eps" and self.process == "flow" and self.clip == 0:
+            raise ValueError("prediction eps divides by t = 0 when sampling: clip must be positive")
         if self.process == "ddpm" and self.noise_scale != 1:
             raise ValueError("process ddpm needs noise_scale 1")
 
@@ -99,10 +104,9 @@ PAPER = dict(  # Tab. 9: JiT-B/16 on ImageNet 256; at 64 pixels --image-size 64 
     data="data/imagenet/train", image_size=256, flip=True, batch_size=1024,
     steps=250_200,  # 200 epochs of 1251 steps
     lr=2e-4, warmup=6255,  # 5 epochs
-    ema_decay=0.9999, log_every=100, save_every=5000, sample_every=25_000,
-    patch=16, dim=768, depth=12, heads=12, bottleneck=128, class_tokens=32, class_start=4,
-    dropout=0.0, t_mean=-0.8, t_std=0.8, guidance=2.9)
-HUGE = dict(bottleneck=256, class_start=10, dropout=0.2, guidance=2.2)  # H and G
+    ema_decay=0.9999, save_every=5000, sample_every=25_000, patch=16, dim=768, depth=12, heads=12,
+    bottleneck=128, class_tokens=32, class_start=4, guidance=2.9)
+HUGE = dict(bottleneck=256, class_start=10, dropout=0.2, guidance=2.2)  # of H; G's is not known
 PRESETS = {
     "cifar10": dict(
         data="torch/cifar10", image_size=32, flip=True, batch_size=256, steps=20_000, lr=5e-4,
@@ -148,8 +152,8 @@ def rotary_table(side, head_dim, prefix):
 def rotate(x, table):
     """Turn the channel pairs (i, i + D / 2) of x (..., N, D) as table (2, N, D / 2) says."""
     first, second = x.chunk(2, -1)
-    cos, sin = table.to(x.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+    cos, sin = table  # float32
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
     """Self-attention with normalised queries and keys, turned by their 2-D position."""
@@ -264,58 +268,63 @@ class JiT(nn.Module):
         return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
 # ---- method ----------------------------------------------------------------------------
-# A process maps t (B,) to a, b, p, q, each (B, 1, 1, 1): z = a x + b eps and v = p x + q eps, with
-# b p - a q = 1, so that x = b v - q z and eps = p z - a v.
+# A process maps t (B,) to a, b, da, db, each (B, 1, 1, 1): z = a x + b eps and v = da x + db eps,
+# where b da - a db = 1, so that x = b v - db z and eps = da z - a v.
 
 def flow_matching(t):
-    """JiT Eq. 1-2: z = t x + (1 - t) eps and v = dz/dt = x - eps."""
+    """z = t x + (1 - t) eps and v = dz/dt = x - eps."""
     t = t.view(-1, 1, 1, 1)
-    return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)  # JiT Eq. 1-2
+
+def noise_schedule(steps=1000, beta_1=1e-4, beta_T=0.02):
+    """alpha_bar_k = prod (1 - beta_i) for k = 0 (data, 1) ... steps. float64 (steps + 1,)."""
+    beta = torch.linspace(beta_1, beta_T, steps, dtype=torch.float64)  # DDPM Sec. 4
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+def variance_preserving(alpha_bar, device):
+    """The process of a DDPM: a = cos, b = sin of an angle, v the derivative towards smaller angles.
+
+    At time t the chain stands at k = round((1 - t) T), in 1 ... T.
+    """
+    cos, sin = (w.sqrt().float().to(device) for w in (alpha_bar, 1 - alpha_bar))  # (T + 1,)
+
+    def process(t):
+        k = ((1 - t) * (len(alpha_bar) - 1)).round().long().clamp(min=1)  # (B,)
+        a, b = cos[k].view(-1, 1, 1, 1), sin[k].view(-1, 1, 1, 1)
+        return a, b, b, -a  # DDPM Eq. 4; v = b x - a eps
+    return process
 
 def sample_time(n, law, mean, std, device):
-    """t (n,) in [0, 1): logit(t) ~ N(mean, std^2) (JiT Sec. 4), or uniform."""
+    """t (n,) in [0, 1): logit(t) ~ N(mean, std^2) (JiT Sec. 4), uniform, or 1 - k / 1000."""
+    if law == "chain":
+        return 1 - torch.randint(1, 1001, (n,), device=device) / 1000  # DDPM: k ~ U{1 ... T}
     if law == "uniform":
         return torch.rand(n, device=device)
     return (mean + std * torch.randn(n, device=device)).sigmoid()
 
-def noise_schedule(steps=1000, beta_1=1e-4, beta_T=0.02):
-    """DDPM Sec. 4: alpha_bar_k = prod (1 - beta_i), k = 0 (data)...steps. float64 (steps + 1,)."""
-    beta = torch.linspace(beta_1, beta_T, steps, dtype=torch.float64)
-    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
-
-def variance_preserving(t, alpha_bar):
-    """DDPM Eq. 4 at index k = round((1 - t) T) >= 1: a^2 = alpha_bar_k = 1 - b^2, p = b, q = -a."""
-    k = ((1 - t) * (len(alpha_bar) - 1)).round().long().clamp(min=1)  # (B,)
-    bar = alpha_bar[k].view(-1, 1, 1, 1)
-    a, b = bar.sqrt().float(), (1 - bar).sqrt().float()
-    return a, b, b, -a
-
-def convert(kind, o, z, a, b, p, q, clip=0.0):
-    """JiT Tab. 1: what the network outputs, o, of kind x, eps or v -> (x, eps, v), all like z.
+def convert(kind, o, z, a, b, da, db, clip=0.0):
+    """The output o, of kind x, eps or v -> a dict of x, eps and v, all like z (JiT Tab. 1).
 
     Divisors are at least clip: with it, the three agree with z only where b (a for eps) > clip.
     """
     if kind == "x":
         b = b.clamp(min=clip)
-        return o, (z - a * o) / b, (o + q * z) / b
+        return {"x": o, "eps": (z - a * o) / b, "v": (o + db * z) / b}
     if kind == "eps":
         a = a.clamp(min=clip)
-        return (z - b * o) / a, o, (p * z - o) / a
-    return b * o - q * z, p * z - a * o, o
+        return {"x": (z - b * o) / a, "eps": o, "v": (da * z - o) / a}
+    return {"x": b * o - db * z, "eps": da * z - a * o, "v": o}
 
 def denoising_loss(net, x, y, t, process, prediction, space, clip=0.05, noise_scale=1.0):
-    """JiT Tab. 2, any of its nine cells: mean squared error between output and truth in `space`.
-
-    The truth takes the way of the output through convert, so that a perfect output has loss zero.
-    """
+    """Squared error, its mean, in `space` of a network that outputs `prediction` (JiT Tab. 2)."""
     eps = noise_scale * torch.randn_like(x)
-    a, b, p, q = factors = process(t)
-    z = a * x + b * eps
+    a, b, da, db = factors = process(t)
+    z = a * x + b * eps  # Eq. 1
+    truth = {"x": x, "eps": eps, "v": da * x + db * eps}[prediction]
     o = net(z, t, y).float()  # float32 again: only the network runs in bf16
-    truth = {"x": x, "eps": eps, "v": p * x + q * eps}
-    i = list(truth).index(space)
-    o_hat = convert(prediction, o, z, *factors, clip)[i]
-    return (o_hat - convert(prediction, truth[prediction], z, *factors, clip)[i]).square().mean()
+    o_hat = convert(prediction, o, z, *factors, clip)[space]
+    target = convert(prediction, truth, z, *factors, clip)[space]  # clipped as the output is
+    return (o_hat - target).square().mean()
 
 def guided(net, z, t, y, guidance):
     """Classifier-free guidance, o_null + w (o_y - o_null): as in v, since v is affine in o."""
@@ -323,7 +332,7 @@ def guided(net, z, t, y, guidance):
         return net(z, t, y).float()
     both = torch.cat([y, torch.full_like(y, net.classes)])
     o, o_null = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-    return o_null + guidance * (o - o_null)
+    return o_null + guidance * (o - o_null)  # v_null + w (v - v_null) in JiT
 
 @torch.no_grad()
 def sample_heun(net, noise, y, prediction="x", sampling_steps=50, guidance=1.0, low=0.0, high=1.0,
@@ -332,12 +341,12 @@ def sample_heun(net, noise, y, prediction="x", sampling_steps=50, guidance=1.0, 
 
     noise      (B, C, H, W), scaled as in training
     low, high  guidance acts for low < t < high; low = 0 includes t = 0
-    clip       near t = 1 it leaves some of the noise in the sample, about 0.016 of it at 0.05
+    clip       near t = 1 it leaves some noise in the sample: 0.016 of it at 0.05 and 50 steps
     """
     def velocity(z, t):
         w = guidance if t < high and (low == 0 or t > low) else 1.0
         t = z.new_full((len(z),), t)
-        return convert(prediction, guided(net, z, t, y, w), z, *flow_matching(t), clip)[2]
+        return convert(prediction, guided(net, z, t, y, w), z, *flow_matching(t), clip)["v"]
 
     z, dt = noise, 1 / sampling_steps
     for i in range(sampling_steps):
@@ -354,10 +363,11 @@ def sample_ancestral(net, noise, y, alpha_bar, prediction="eps", guidance=1.0, g
     Its variance is beta_tilde, zero in the last step. No clip is needed: neither a nor b vanishes.
     """
     z, bars, T = noise, alpha_bar.tolist(), len(alpha_bar) - 1
+    process = variance_preserving(alpha_bar, noise.device)
     for k in range(T, 0, -1):
         t = z.new_full((len(z),), 1 - k / T)
         o = guided(net, z, t, y, guidance)
-        x_hat = convert(prediction, o, z, *variance_preserving(t, alpha_bar))[0].clamp(-1, 1)
+        x_hat = convert(prediction, o, z, *process(t))["x"].clamp(-1, 1)
         bar, bar_next, alpha = bars[k], bars[k - 1], bars[k] / bars[k - 1]  # alpha_k = 1 - beta_k
         mean = (bar_next**0.5 * (1 - alpha) * x_hat + alpha**0.5 * (1 - bar_next) * z) / (1 - bar)
         std = ((1 - bar_next) / (1 - bar) * (1 - alpha))**0.5  # Eq. 7, square root of beta_tilde
@@ -377,8 +387,7 @@ def draw(net, y, cfg, device, generator):
     noise = cfg.noise_scale * torch.randn(shape, generator=generator).to(device)
     with autocast(cfg, device):
         if cfg.process == "ddpm":
-            bars = noise_schedule().to(device)
-            return sample_ancestral(net, noise, y.to(device), bars, cfg.prediction,
+            return sample_ancestral(net, noise, y.to(device), noise_schedule(), cfg.prediction,
                                     cfg.guidance, generator)
         return sample_heun(net, noise, y.to(device), cfg.prediction, cfg.sampling_steps,
                            cfg.guidance, cfg.guidance_low, cfg.guidance_high, cfg.clip).clamp(-1, 1)
@@ -390,15 +399,15 @@ def train(cfg):
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
     net = parallel(model, cfg, device)
-    process = flow_matching
+    process, law = flow_matching, cfg.time
     if cfg.process == "ddpm":
-        process = functools.partial(variance_preserving, alpha_bar=noise_schedule().to(device))
+        process, law = variance_preserving(noise_schedule(), device), "chain"
     state = {"model": model, "ema": ema, "opt": opt, "classes": data.classes}
 
     for step in steps(cfg, state):
         x, y = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1], (B,)
         y = torch.where(torch.rand(len(y), device=device) < cfg.label_drop, data.classes, y)
-        t = sample_time(len(x), cfg.time, cfg.t_mean, cfg.t_std, device)  # (B,)
+        t = sample_time(len(x), law, cfg.t_mean, cfg.t_std, device)  # (B,)
         with autocast(cfg, device):
             loss = denoising_loss(net, x, y, t, process, cfg.prediction, cfg.loss, cfg.clip,
                                   cfg.noise_scale)
@@ -415,12 +424,12 @@ def train(cfg):
             save_grid(images, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
 
 def sample(cfg):
-    """Draw cfg.n images from the checkpoint cfg.sample, class i mod classes for image i."""
+    """Draw cfg.n images from cfg.sample, image i of class i mod classes; the PNG shows ten."""
     device, saved = setup(cfg), load_checkpoint(cfg.sample)
     net = build(cfg, saved["classes"]).to(device).eval().requires_grad_(False)
     net.load_state_dict(saved["ema"])
     y = torch.arange(cfg.n) % saved["classes"]
-    images = gather([(i, draw(net, y[i], cfg, device, generator))
+    images = gather([(i, to_uint8(draw(net, y[i], cfg, device, generator)))
                      for i, generator in shares(cfg.n, 250, cfg.seed)])
     columns = max(1, min(8, cfg.n // saved["classes"]))
     rows = [images[y == k][:columns] for k in range(min(saved["classes"], 10))]

@@ -188,7 +188,7 @@ def test_folder_and_tar_give_pixels_and_classes(folder, kind):
 
 def test_streamed_batches_equal_those_in_memory(folder, monkeypatch):
     memory, cfg = load(folder), config("--data", folder)
-    monkeypatch.setattr(common.os, "sysconf", lambda name: 1)  # no free memory
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1)  # no memory
     streamed = load(folder)
     assert streamed.images is None and streamed.size == 12
     for step in (2, 3, 4, 5):  # begins in the middle, as a continued run does; crosses an epoch

@@ -57,7 +57,7 @@ SMALL = [
 BARS = script.noise_schedule()
 PROCESSES = {
     "flow": script.flow_matching,
-    "ddpm": functools.partial(script.variance_preserving, alpha_bar=BARS),
+    "ddpm": script.variance_preserving(BARS, "cpu"),
 }
 SPACES = ("x", "eps", "v")
 
@@ -90,7 +90,8 @@ def triple(process, n=64):
 def test_conversion_of_the_truth_is_the_truth(process, kind):
     t, z, truth, _, _ = triple(process)
     factors = PROCESSES[process](t)
-    for got, expected in zip(script.convert(kind, truth[kind], z, *factors), truth.values()):
+    for name, got in script.convert(kind, truth[kind], z, *factors).items():
+        expected = truth[name]
         assert torch.allclose(got, expected, atol=2e-4 if process == "ddpm" else 1e-12)
 
 
@@ -100,8 +101,8 @@ def test_conversions_of_any_output_agree_with_each_other(process):
     factors, o = PROCESSES[process](t), torch.randn(64, 3, 2, 2).double()
     for kind in SPACES:
         all_three = script.convert(kind, o, z, *factors)
-        for other, value in zip(SPACES, all_three):
-            back = script.convert(other, value, z, *factors)[SPACES.index(kind)]
+        for other, value in all_three.items():
+            back = script.convert(other, value, z, *factors)[kind]
             assert torch.allclose(back, o, atol=1e-3 if process == "ddpm" else 1e-9)
 
 
@@ -184,6 +185,9 @@ def test_time_law_has_the_quantiles_of_the_paper_and_the_chain_its_own():
     t = script.sample_time(400_000, "logit-normal", -0.8, 0.8, "cpu")
     assert t.median().item() == pytest.approx(1 / (1 + math.exp(0.8)), abs=2e-3)  # 0.31
     assert (t > 0.9).float().mean().item() == pytest.approx(9e-5, abs=5e-5)
+    k = ((1 - script.sample_time(400_000, "chain", 0, 1, "cpu")) * 1000).round()
+    assert k.min() == 1 and k.max() == 1000 and k.mean().item() == pytest.approx(500.5, abs=2)
+    assert len(k.unique()) == 1000
     u = script.sample_time(400_000, "uniform", 0, 1, "cpu")
     assert u.mean().item() == pytest.approx(0.5, abs=2e-3) and u.var().item() == pytest.approx(
         1 / 12, abs=1e-3
@@ -420,8 +424,8 @@ def test_guidance_of_the_output_is_guidance_of_the_velocity():
     factors = script.flow_matching(torch.full((4,), 0.3))
     for kind in SPACES:
         o, null = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-        v, v_null = (script.convert(kind, u, z, *factors, 0.05)[2] for u in (o, null))
-        mixed = script.convert(kind, null + w * (o - null), z, *factors, 0.05)[2]
+        v, v_null = (script.convert(kind, u, z, *factors, 0.05)["v"] for u in (o, null))
+        mixed = script.convert(kind, null + w * (o - null), z, *factors, 0.05)["v"]
         assert torch.allclose(mixed, v_null + w * (v - v_null), atol=1e-4)
 
 
@@ -528,7 +532,7 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema(monkeypatch):
         (["--time", "cosine"], ["cosine", "uniform"]),
         (["--class-start", "2"], ["class_start 2"]),
         (["--process", "ddpm", "--noise-scale", "2"], ["noise_scale"]),
-        (["--clip", "1"], ["clip"]),
+        (["--prediction", "eps", "--clip", "0"], ["clip"]), (["--clip", "1"], ["clip"]),
         (["--patch", "0"], ["patch"]),
         (["--batch-size", "60000"], ["60000", "50000"]),
         (["--data", "no/where"], ["no/where", "shapes"]),

@@ -70,10 +70,10 @@ class MLP(nn.Module):
 
 def v_error(net, x, eps, t, y, prediction):
     """Mean over samples of |v_hat - v|^2, summed over coordinates, with unclipped conversions."""
-    a, b, p, q = factors = flow_matching(t)
+    a, b, da, db = factors = flow_matching(t)
     z = a * x + b * eps
-    v_hat = ddpm_xpred.convert(prediction, net(z, t, y).float(), z, *factors)[2]
-    return (v_hat - (p * x + q * eps)).square().flatten(1).sum(1).mean()
+    v_hat = ddpm_xpred.convert(prediction, net(z, t, y).float(), z, *factors)["v"]
+    return (v_hat - (da * x + db * eps)).square().flatten(1).sum(1).mean()
 
 
 def buried(D, prediction, space, seed, steps):
