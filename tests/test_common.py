@@ -57,6 +57,7 @@ def test_flag_beats_preset_beats_default():
     cfg = config("--preset", "big", "--steps", "3", "--flip", "--no-fresh")
     assert (cfg.lr, cfg.steps, cfg.flip, cfg.batch_size) == (0.5, 3, True, 4)
     assert cfg.out == "runs/test_common-big" and config().out == "runs/test_common"
+    assert config("--out", "").out == "runs/test_common"
 
 
 @pytest.mark.parametrize(
@@ -192,9 +193,11 @@ def test_streamed_batches_equal_those_in_memory(folder, monkeypatch):
     streamed = load(folder)
     assert streamed.images is None and streamed.size == 12
     for step in (2, 3, 4, 5):  # begins in the middle, as a continued run does; crosses an epoch
-        one = common.batch(memory, cfg, torch.device("cpu"), step)
-        two = common.batch(streamed, cfg, torch.device("cpu"), step)
-        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+        after = []
+        for data in (memory, streamed):
+            torch.manual_seed(step)
+            after.append((*common.batch(data, cfg, torch.device("cpu"), step), torch.rand(3)))
+        assert all(torch.equal(one, two) for one, two in zip(*after))  # the noise that follows, too
 
 
 def test_bad_data_end_with_one_line(folder, refuses, tmp_path):

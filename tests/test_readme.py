@@ -11,31 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n?(?:sh|bash)?\n(.*?)```", README, re.S)
-CELLS = re.findall(r"<!-- (\w+) (\w+)((?: \| [^|>]+){3}) -->([^|<]*)", README)
+KEY = r"<!-- (\w+)_(cpu|gpu); ([^;>]+); ([^;>]+); (\w+) -->"
+CELLS = re.findall(KEY + r"([\d.]+(?: ± [\d.]+)?|not measured)", README)
 
 
 def test_cells_equal_their_json():
-    """`<!-- script preset | table | arm | metric -->value`: value is mean, or mean ± std."""
-    assert CELLS
-    for script, preset, key, shown in CELLS:
+    """`<!-- script_preset; table; arm; metric -->value`: the value is the mean, or mean ± std."""
+    assert CELLS and len(CELLS) == README.count("<!-- ") - README.count("<!-- test -->")
+    for script, preset, table, arm, metric, shown in CELLS:
         path = ROOT / f"results/{script}_{preset}.json"
         if not path.exists():
-            assert shown.strip() == "not measured", (script, preset, shown)
+            assert shown == "not measured", (script, preset, shown)
             continue
-        table, arm, metric = [k.strip() for k in key.split(" | ")[1:]]
-        rows = [
-            r
-            for r in json.loads(path.read_text())["rows"]
-            if (r["table"], r["arm"]) == (table, arm)
-        ]
-        assert len(rows) == 1, (table, arm)
-        m = rows[0]["metrics"][metric]
-        assert shown.strip() == cell(m["mean"], m["std"]), (
-            table,
-            arm,
-            metric,
-            cell(m["mean"], m["std"]),
-        )
+        rows = json.loads(path.read_text())["rows"]
+        found = [r["metrics"][metric] for r in rows if (r["table"], r["arm"]) == (table, arm)]
+        assert len(found) == 1, (table, arm)
+        expected = cell(found[0]["mean"], found[0]["std"])
+        assert shown == expected, (table, arm, metric, expected)
 
 
 def cell(mean, std):
