@@ -45,7 +45,8 @@ def open_report(script, doc, argv=None):
         "path": Path(args.results) / f"{script}_{args.preset}",
         "json": {
             "script": script, "preset": args.preset,
-            "command": f"python -m tests.claims.{script} --preset {args.preset}",
+            "command": f"python -m tests.claims.{script} --preset {args.preset}"
+            + " --reuse" * args.reuse,
             "commit": commit or "none",
             "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, "
             f"{torch.get_num_threads()} threads", "torch": torch.__version__, "seconds": 0.0,
