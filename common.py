@@ -15,7 +15,6 @@ SHAPES = "disc ring square triangle cross star crescent bar pair corner".split()
 FREE = "fresh device log_every save_every sample_every steps sample n npz out".split()  # on resume
 
 # ---- command line, device, ranks, precision --------------------------------------------
-
 def fail(message, status=2):
     """End the program with one line on stderr. Status 2: bad input; 1: the run itself broke."""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", sys.stderr)
@@ -70,8 +69,7 @@ def mix(*keys):
 
 def setup(cfg):
     """Start ranks, seed (the same on all: equal initial weights), check cfg.out; torch.device."""
-    mps = torch.backends.mps.is_available()
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
         fail(f"--device {kind}: this machine has {', '.join(there)}")
@@ -86,7 +84,10 @@ def setup(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
     last = Path(cfg.out, "last.pt")
-    if last.exists() and not (cfg.fresh or cfg.sample):
+    if cfg.sample:
+        with explain(f"--out {cfg.out}: cannot write there", OSError):
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    elif last.exists() and not cfg.fresh:
         old, new = load_checkpoint(last)["config"], vars(cfg)
         other = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in new | old
                           if k not in FREE and new.get(k) != old.get(k))
@@ -118,7 +119,6 @@ def ema_update(ema, model, decay, step):
         mine.copy_(theirs)
 
 # ---- data, frozen encoders -------------------------------------------------------------
-
 def shapes(n, size, seed, device="cpu"):
     """Bright shapes on dark, free in position, scale, angle and two colours: ten 10-d manifolds.
     returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,): i % 10 for image i, index of SHAPES
@@ -161,9 +161,11 @@ def shape_distance(name, x, y):
         "corner": lambda: torch.minimum(box(x, y + 0.5, 0.8, 0.26), box(x + 0.54, y, 0.26, 0.76)),
     }[name]()
 
-def load_images(cfg, device, split="train"):
+def load_images(cfg, device, split="all"):
     """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
-    split    "train", or "validation": shapes with data seed 1, or a data set's own held-out part
+    split    all: shapes with data seed 0, or what a set has for training | validation: shapes with
+             data seed 1, or a set's own held-out part; of a folder or .tar without one every tenth
+             image | train: as all, less those tenths
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
@@ -175,7 +177,7 @@ def load_images(cfg, device, split="train"):
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
     if cfg.data == "shapes":
-        data.size, seed = (50_000, 0) if split == "train" else (10_000, 1)
+        data.size, seed = (10_000, 1) if split == "validation" else (50_000, 0)
         data.images, data.labels = shapes(data.size, S, seed, device)
     else:
         dataset, data.classes = open_dataset(cfg.data, split)
@@ -195,23 +197,22 @@ def load_images(cfg, device, split="train"):
             data.size = len(data.labels)
             if cfg.skip_bad and RANK == 0:
                 print(f"left out {len(dataset) - data.size} of {len(dataset)} images of {cfg.data}")
-    if split == "train" and data.size < cfg.batch_size:
+    if split != "validation" and data.size < cfg.batch_size:
         fail(f"--batch-size {cfg.batch_size} is larger than the {data.size} images of {cfg.data}")
     return data
 
 def open_dataset(name, split):
     """A folder or .tar of class sub-folders, or what timm's create_dataset knows; its classes."""
+    train = split != "validation"
     with explain(f"--data {name}", Exception):  # whatever that data set's library raises
         from timm.data import create_dataset
         if name.startswith(("torch/", "hfds/", "hfids/", "tfds/", "wds/")):
-            for turn in range(2):  # rank 0 first: it downloads
-                if turn == (RANK > 0):
-                    dataset = create_dataset(name, "data", split, download=True,
-                                             is_training=split == "train")
-                if WORLD > 1:
-                    dist.barrier()
+            dist.barrier() if RANK > 0 else None  # rank 0 goes first: it downloads
+            dataset = create_dataset(name, "data", "train" if train else split, is_training=train,
+                                     download=True)
+            dist.barrier() if RANK == 0 and WORLD > 1 else None
         elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
-            dataset = create_dataset("", name, split)
+            dataset = create_dataset("", name, "train" if train else split)
         else:
             fail(f"--data {name}: allowed are shapes, a folder or .tar of class sub-folders, and "
                  "what timm reads: torch/..., hfds/..., hfids/..., tfds/..., wds/...")
@@ -220,8 +221,12 @@ def open_dataset(name, split):
     names = next(filter(None, maps), [""])
     if "" in names:
         fail(f"--data {name}: no classes; images of a folder or .tar must lie in class sub-folders")
-    if split != "train" and getattr(reader, "root", "") == name:
-        fail(f"--data {name}: has no sub-folder validation, val or test to hold out")
+    if split != "all" and getattr(reader, "root", "") == name:  # has no held-out part of its own
+        if os.path.isdir(f"{name}/train"):
+            fail(f"--data {name}: has train, but no validation, val or test to hold out")
+        keep = [i for i in range(len(reader.samples)) if (i % 10 < 9) == train]
+        for column in {"samples", "targets"} & set(vars(reader)):
+            setattr(reader, column, [getattr(reader, column)[i] for i in keep])
     return dataset, len(names)
 
 def square(image, size):
@@ -318,7 +323,6 @@ def load_encoder(spec, grid, norm="final"):
         return Encoder(model, grid, norm, *(json.loads(meta[k]) for k in ("mean", "std")))
 
 # ---- the run ---------------------------------------------------------------------------
-
 def load_checkpoint(path):
     """Entries of a checkpoint, mapped from disk; code in the file is refused, not run."""
     with explain(f"{path} is missing, truncated or no checkpoint of these scripts", Exception):
@@ -327,18 +331,14 @@ def load_checkpoint(path):
 
 def save_checkpoint(path, entries):
     """Write under another name, flush, rename: a kill leaves the old file or the new one, whole."""
-    new, previous = path.with_suffix(".new"), path.with_name("prev.pt")
+    new = path.with_suffix(".new")
     try:
         with open(new, "wb") as f:
             torch.save(entries, f)
             f.flush()
             os.fsync(f.fileno())
-        if path.exists():  # a second name for the old one, so that `path` never goes missing
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, previous)
+        if path.exists():
+            shutil.copyfile(path, path.with_name("prev.pt"))  # so `path` never goes missing
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         new.unlink(missing_ok=True)
@@ -378,11 +378,9 @@ def steps(cfg, state):
     state["log"], caught = torch.zeros(0, 0), []
     start = start_run(cfg, state)
     state["clock"] = start, time.perf_counter()
-
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
-
     handlers = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
@@ -442,7 +440,6 @@ def check_finite(cfg, state, step):
     return rows
 
 # ---- samples and pictures --------------------------------------------------------------
-
 def shares(n, size, seed):
     """This rank's part of n samples: yields int64 indices (<= size,) and a CPU generator each."""
     for i, index in list(enumerate(torch.arange(n).split(size)))[RANK::WORLD]:

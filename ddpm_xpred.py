@@ -47,13 +47,13 @@ class Config:
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step, summed over all GPUs
-    steps: int = 5000  # optimizer steps
+    steps: int = 4000  # optimizer steps
     lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay; constant after the warm-up (Tab. 9)
     warmup: int = 200  # steps of linear warm-up (Tab. 9)
     ema_decay: float = 0.999  # of the weights that are sampled (Tab. 9: .9996, .9998 and .9999)
     log_every: int = 100  # steps between two lines in metrics.jsonl
     save_every: int = 1000  # steps between two checkpoints
-    sample_every: int = 2500  # steps between two sample grids
+    sample_every: int = 2000  # steps between two sample grids
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
     npz: bool = False  # --sample also writes them as ADM's evaluation format

@@ -169,7 +169,7 @@ def run_images(report):
               "--class-tokens", 0, "--lr", 1e-3, "--guidance", 1, "--sampling-steps", 25,
               "--log-every", 100, "--save-every", 1000, "--sample-every", 100000]
     common += ["--warmup", 100 if small else 500]
-    for table, patch, side, steps in (("high", 16, 32, 600), ("low", 4, 16, 900)):
+    for table, patch, side, steps in (("high", 16, 32, 600), ("low", 4, 16, 800)):
         size = ["--image-size", side if small else 32, "--batch-size", 64 if small else 256,
                 "--steps", steps if small else 10 * steps]
         for seed in SEEDS[:1] if small else SEEDS:
