@@ -67,8 +67,9 @@ def mix(*keys):
     """One seed out of several non-negative integers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
-def setup(cfg):
-    """Start ranks, seed (the same on all: equal initial weights), check cfg.out; torch.device."""
+def setup(cfg, *fixed):
+    """Start ranks, seed (the same on all: equal initial weights), check cfg.out; torch.device.
+    fixed    fields that a continued run may not change although others may, such as steps"""
     there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
@@ -90,7 +91,7 @@ def setup(cfg):
     elif last.exists() and not cfg.fresh:
         old, new = load_checkpoint(last)["config"], vars(cfg)
         other = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in new | old
-                          if k not in FREE and new.get(k) != old.get(k))
+                          if (k not in FREE or k in fixed) and new.get(k) != old.get(k))
         if other:
             fail(f"{last} has {other}: give its flags, another --out, or --fresh to start over")
     return torch.device(kind)
@@ -111,9 +112,9 @@ def parallel(model, cfg, device):
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
 @torch.no_grad()
-def ema_update(ema, model, decay, step):
+def ema_update(ema, model, decay, step=math.inf):
     """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)); copies buffers."""
-    d = min(decay, (1 + step) / (10 + step))
+    d = min(decay, 1 - 9 / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
         mine.copy_(theirs)
@@ -187,7 +188,7 @@ def load_images(cfg, device, split="all"):
             data.stream = lambda step: itertools.chain.from_iterable(itertools.repeat(part))
         elif len(dataset) * 3 * S * S > memory / 4:
             data.size, read = len(dataset), functools.partial(read_images, dataset, cfg, True)
-            data.stream = lambda step: iter(loader(range(step, cfg.steps), None, collate_fn=read))
+            data.stream = lambda step: iter(loader(range(step, 2**60), None, collate_fn=read))
         else:
             read = functools.partial(read_images, dataset, cfg, False)
             parts = loader(range(0, len(dataset), 256), None, collate_fn=read)
@@ -225,6 +226,8 @@ def open_dataset(name, split):
         if os.path.isdir(f"{name}/train"):
             fail(f"--data {name}: has train, but no validation, val or test to hold out")
         keep = [i for i in range(len(reader.samples)) if (i % 10 < 9) == train]
+        if not keep:
+            fail(f"--data {name}: fewer than ten images, none to hold out")
         for column in {"samples", "targets"} & set(vars(reader)):
             setattr(reader, column, [getattr(reader, column)[i] for i in keep])
     return dataset, len(names)
@@ -396,8 +399,8 @@ def steps(cfg, state):
                 if RANK == 0:
                     entries |= {"step": step + 1, "config": vars(cfg)}
                     save_checkpoint(Path(cfg.out, "last.pt"), entries)
+                dist.barrier() if WORLD > 1 else None  # no rank reads it, or leaves, too early
             if stop and step + 1 < cfg.steps:
-                dist.barrier() if WORLD > 1 else None  # or torchrun would kill rank 0 as it saves
                 fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
     finally:
         for number, handler in handlers.items():

@@ -31,6 +31,7 @@ SETTINGS = {
     "eager float32": ("fp32", "off"),
     "eager bf16": ("bf16", "off"),
     "compiled bf16": ("bf16", "on"),
+    "compiled float32": ("fp32", "on"),  # of scripts that stay in float32
     "as shipped": ("auto", "auto"),
 }
 FLAGS = {
@@ -121,17 +122,20 @@ def measure(script, preset, precision, compiled, warm, count):
         if step == 1:
             raise Done
 
+    fields = module.Config.__annotations__
+    flags = ["--precision", precision] if "precision" in fields else []
+    flags += ["--diffusion-steps", "1"] if "diffusion_steps" in fields else []  # the last stage
     marks.append(time.perf_counter())
-    run(log, "--precision", precision, "--compile", compiled)
+    run(log, *flags, "--compile", compiled)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
     with FlopCounterMode(display=False) as flops, Products() as products:
-        run(inspect, "--precision", precision, "--compile", "off")
+        run(inspect, *flags, "--compile", "off")
     step = (marks[2] - marks[1]) / count
-    calls = Counter(seen[1][0]) - Counter(seen[0][0])
+    calls = Counter(seen[-1][0]) - Counter(seen[-2][0])
     return {
-        "images_per_s": seen[0][2].batch_size / step,
-        "flop_per_s": (seen[1][1] - seen[0][1]) / step,
+        "images_per_s": seen[-1][2].batch_size / step,
+        "flop_per_s": (seen[-1][1] - seen[-2][1]) / step,
         "matmul_share": product_seconds(calls) / step,
         "memory_gb": memory / 2**30,
         "warm_up_s": marks[1] - marks[0],
@@ -171,7 +175,10 @@ def main(argv=None):
     for script in args.script.split(","):
         for preset in args.preset.split(","):
             first = None
-            for setting in SETTINGS:
+            mixed = "precision" in importlib.import_module(script).Config.__annotations__
+            for setting in [k for k in SETTINGS if k != "compiled float32"] if mixed else [
+                k for k in SETTINGS if "bf16" not in k
+            ]:
                 command = [
                     sys.executable,
                     "-m",

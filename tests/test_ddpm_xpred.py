@@ -510,8 +510,8 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema(monkeypatch):
     with np.load("run/sample.npz") as file:
         first, labels = file["arr_0"], file["arr_1"]
     assert first.shape == (30, 8, 8, 3) and labels.tolist() == [i % 10 for i in range(30)]
-    script.main(["--sample", "run/last.pt", "--n", "30", "--npz", "--out", "new/run", "--seed", "1"])
-    assert (np.load("new/run/sample.npz")["arr_0"] != first).any()
+    script.main(["--sample", "run/last.pt", "--n", "30", "--npz", "--out", "new/a", "--seed", "1"])
+    assert (np.load("new/a/sample.npz")["arr_0"] != first).any()
     entries = dict(load_checkpoint("run/last.pt"))
     entries["model"] = {k: v * 0 for k, v in entries["model"].items()}  # only the EMA is sampled
     torch.save(entries, "run/other.pt")

@@ -20,10 +20,11 @@ from common import fail
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def open_report(script, doc, argv=None):
+def open_report(script, doc, argv=None, also=()):
     """Command line and state of a claim: a dict with script, preset, device, seconds, rows, claims.
 
     Flags: --preset cpu or gpu, --out for the arms, --results for JSON and PNG, --device, --reuse.
+    also: further files whose change makes the arms other code's.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +35,8 @@ def open_report(script, doc, argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--reuse", action="store_true", help="keep arms made by other code")
     args = parser.parse_args(argv)
-    files = [ROOT / f"{script}.py", ROOT / "common.py", ROOT / f"tests/claims/{script}.py"]
+    files = [f"{script}.py", "common.py", f"tests/claims/{script}.py", *also]
+    files = [ROOT / f for f in files]
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
@@ -102,6 +104,14 @@ def conclude(report, table, claim, agrees):
     report["json"]["claims"].append({"table": table, "claim": claim, "agrees": agrees})
     write(report)
     print(f"{table}: {agrees}", file=sys.stderr, flush=True)
+
+
+def verdict(ok):
+    """Whether all, some or none of the named conditions {name: bool} hold, in conclude's words."""
+    print({str(k): v for k, v in ok.items() if not v} or "all conditions hold")
+    if all(ok.values()):
+        return "as in the paper"
+    return "partly" if any(ok.values()) else "contradicted"
 
 
 def write(report):
