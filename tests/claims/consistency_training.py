@@ -84,7 +84,7 @@ def ring_endpoint(x, t, steps=400):
 
 
 class MLP(nn.Module):
-    """Two coordinates and 16 waves of c_noise -> two: (B, 2, 1, 1), (B,) -> (B, 2, 1, 1)."""
+    """Two coordinates and 16 waves of c_noise, as in the U-Net: (B, 2, 1, 1), (B,) -> like x."""
 
     def __init__(self, width=128):
         super().__init__()
@@ -93,7 +93,7 @@ class MLP(nn.Module):
                                   nn.Linear(width, 2))
 
     def forward(self, x, c_noise):
-        angle = c_noise[:, None] * 2 ** (torch.arange(8) / 2)
+        angle = c_noise[:, None] * 10000 ** (-torch.arange(8) / 7)
         return self.body(torch.cat([x[:, :, 0, 0], angle.cos(), angle.sin()], 1))[..., None, None]
 
 
