@@ -15,7 +15,7 @@ Notation  x1, x2  two views of an image, (B, 3, S, S)   f  backbone and projecto
           z       f(x), projection, (B, d)              p  h(z), predicts z of the other view
           online  f and h, trained                      D  negative cosine
           target  f of the other view, its gradient stopped; equal weights, or their average (BYOL)
-Run       python simsiam.py                                    # not measured
+Run       python simsiam.py                                    # kNN 0.682, 3 min, 2 CPU cores
           python simsiam.py --steps 2000 --out runs/teacher    # kNN 0.977, 12 min, 2 CPU cores;
                                                                # assets/teacher.safetensors
           python simsiam.py --preset cifar10                   # not measured
