@@ -6,7 +6,7 @@ Paper     Song, Dhariwal, Chen, Sutskever. Consistency Models. arXiv:2303.01469v
           (ECT); Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
 Here      CT: boundary condition consistency, Alg. 3 consistency_loss and pairs_ct, Alg. 1
           sample_multistep, Alg. 4 edit, schedules karras_grid, count_ct, target_decay; iCT:
-          count_ict, pairs_ict, distance; ECT: pairs_ect; EDM: denoising_loss, UNet (DDPM++)
+          count_ict, pairs_ict, distance; ECT: pairs_ect; EDM: edm_loss, UNet (DDPM++)
 Changed   one network for all, DDPM++ with a positional embedding (CT and iCT: NCSN++ with Fourier
           features); no LPIPS by default; editing with an orthogonal projector; mu(k) with N, not
           N - 1 (text, not code). ECT: r = 0, whose target is x, is r = eps here, whose target is
@@ -353,7 +353,7 @@ def consistency_loss(online, target, x, t_hi, t_lo, weight, metric="huber", sigm
     weight = weight.float().to(x.device, non_blocking=True)
     return (weight * distance(a, b, metric)).mean()
 
-def denoising_loss(net, x, sigma_data=0.5, t_min=0.002):
+def edm_loss(net, x, sigma_data=0.5, t_min=0.002):
     """EDM's loss, f is the denoiser: ln t ~ N(-1.2, 1.2^2), weight about 1 / c_out^2. Scalar."""
     t = (-1.2 + 1.2 * torch.randn(len(x), dtype=torch.float64)).exp().clamp(min=2 * t_min)
     weight = ((t**2 + sigma_data**2) / (t * sigma_data)**2).float().to(x.device)
@@ -456,7 +456,7 @@ def train(cfg, data=None):
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
         if cfg.method == "diffusion":
-            N, loss = 0, denoising_loss(online, x, cfg.sigma_data, cfg.t_min)
+            N, loss = 0, edm_loss(online, x, cfg.sigma_data, cfg.t_min)
         else:
             t_hi, t_lo, weight, N = pairs(cfg, len(x), step)
             loss = consistency_loss(online, target, x, t_hi, t_lo, weight, cfg.metric,

@@ -402,7 +402,7 @@ def test_features_are_the_middle_of_the_network():
     assert h.shape == (4, 16) and torch.allclose(h, seen[1].mean((2, 3)), atol=1e-6)
 
 
-def test_denoising_loss_is_zero_for_the_exact_denoiser_of_one_image():
+def test_edm_loss_is_zero_for_the_exact_denoiser_of_one_image():
     x = torch.randn(1, 3, 4, 4).expand(64, 3, 4, 4)
 
     class Known(nn.Module):
@@ -412,10 +412,10 @@ def test_denoising_loss_is_zero_for_the_exact_denoiser_of_one_image():
             c_skip, c_out = 0.25 / (gap**2 + 0.25), 0.5 * gap / (0.25 + t**2).sqrt()
             return ((x - c_skip * h * (t**2 + 0.25).sqrt()) / c_out).float()
 
-    assert script.denoising_loss(Known(), x).item() < 1e-5
+    assert script.edm_loss(Known(), x).item() < 1e-5
     zero = lambda h, c: torch.zeros_like(h)
     torch.manual_seed(0)
-    value = script.denoising_loss(zero, 0.5 * torch.randn(20_000, 3, 4, 4)).item()
+    value = script.edm_loss(zero, 0.5 * torch.randn(20_000, 3, 4, 4)).item()
     assert value == pytest.approx(1, rel=0.05)  # c_skip x alone leaves sd^2 t^2 / (sd^2 + t^2)
 
 

@@ -117,7 +117,7 @@ def train_ring(seed, start=0.0, **settings):
     for step in range(STEPS):
         x = ring(512)[:, :, None, None]
         if step < warm:
-            loss, N = script.denoising_loss(net, x), 0
+            loss, N = script.edm_loss(net, x), 0
         else:
             if step == warm and warm:
                 net.load_state_dict(ema.state_dict())
