@@ -58,9 +58,9 @@ def parse_config(cls, presets, sampling=(), argv=None):
         values = load_checkpoint(source)["config"] | {"out": str(Path(source).parent)}
     with explain("config", TypeError, ValueError):  # TypeError: a checkpoint of another script
         cfg = cls(**values | given)
-    for name in "steps batch_size image_size log_every save_every sample_every n".split():
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
+    for name in "seed steps batch_size image_size log_every save_every sample_every n".split():
+        if getattr(cfg, name) < (least := int(name != "seed")):
+            fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(cfg, name)}")
     return cfg
 
 def mix(*keys):

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from common import load_checkpoint
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: kill and torchrun tests: pytest -m slow")
@@ -28,5 +30,32 @@ def refuses(capsys):
         assert stop.value.code == status and len(lines) == 1, (stop.value.code, lines)
         for word in words:
             assert str(word) in lines[0], lines[0]
+
+    return check
+
+
+@pytest.fixture
+def same_when_interrupted(monkeypatch):
+    """same_when_interrupted(script, flags, parts): a run stopped in its third step and continued
+    ends with the weights of one that was not, bit for bit; leaves folders whole/ and parts/."""
+
+    class Stop(Exception):
+        pass
+
+    def check(script, flags, parts):
+        def stop(*args, real=script.log, **kwargs):
+            real(*args, **kwargs)
+            if args[2] == 2:
+                raise Stop
+
+        script.main(flags + ["--out", "whole"])
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(script, "log", stop)
+            script.main(flags + ["--out", "parts"])
+        script.main(flags + ["--out", "parts"])
+        one, two = (load_checkpoint(f"{out}/last.pt") for out in ("whole", "parts"))
+        for part in parts:
+            for k, w in one[part].items():
+                assert torch.equal(w, two[part][k]), (part, k)
 
     return check

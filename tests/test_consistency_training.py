@@ -420,27 +420,10 @@ def test_edm_loss_is_zero_for_the_exact_denoiser_of_one_image():
 
 
 @pytest.mark.parametrize("method", ["ct", "ict", "ect"])
-def test_run_resumes_bit_for_bit(method, monkeypatch):
+def test_run_resumes_bit_for_bit(method, same_when_interrupted):
     flags = SMALL + ["--method", method, "--dropout", "0.2", "--save-every", "2"]
     flags += ["--target-ema", "0.9", "--s0", "2"] if method == "ct" else []
-    script.main(flags + ["--out", "whole"])
-
-    class Stop(Exception):
-        pass
-
-    def stop(*args, real=script.log, **kwargs):
-        real(*args, **kwargs)
-        if args[2] == 2:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(script, "log", stop)
-        script.main(flags + ["--out", "parts"])
-    script.main(flags + ["--out", "parts"])
-    one, two = (load_checkpoint(f"{out}/last.pt") for out in ("whole", "parts"))
-    for part in ("model", "ema") + (("target",) if method == "ct" else ()):
-        for k, w in one[part].items():
-            assert torch.equal(w, two[part][k]), (part, k)
+    same_when_interrupted(script, flags, ["model", "ema"] + ["target"] * (method == "ct"))
     assert Path("whole/diffusion/last.pt").exists() == (method == "ect")
     assert Image.open("whole/samples_0000004.png").size == (8 * 66, 8 * 66)
     assert Image.open("whole/samples_0000004_edits.png").size == (8 * 66, 7 * 66)

@@ -273,26 +273,9 @@ def test_run_leaves_pictures_metrics_and_a_teacher():
     assert "target" in load_checkpoint("other/last.pt") and "target" not in one
 
 
-def test_interrupted_run_equals_a_whole_one(monkeypatch):
+def test_interrupted_run_equals_a_whole_one(same_when_interrupted):
     flags = SMALL + ["--save-every", "2", "--target-ema", "0.9"]
-    script.main(flags + ["--out", "whole"])
-
-    class Stop(Exception):
-        pass
-
-    def stop(*args, real=script.log, **kwargs):
-        real(*args, **kwargs)
-        if args[2] == 2:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(script, "log", stop)
-        script.main(flags + ["--out", "parts"])
-    script.main(flags + ["--out", "parts"])
-    one, two = (load_checkpoint(f"{out}/last.pt") for out in ("whole", "parts"))
-    for part in ("model", "target"):
-        for k, w in one[part].items():
-            assert torch.equal(w, two[part][k]), (part, k)
+    same_when_interrupted(script, flags, ["model", "target"])
 
 
 def test_optimiser_decays_all_but_the_predictor_s_rate():
@@ -351,6 +334,7 @@ def test_sample_measures_and_writes_a_teacher(capsys):
         (["--target-ema", "1"], ["target_ema", "[0, 1)"]),
         (["--cifar-stem"], ["ResNet"]),
         (["--dim", "3"], ["dim", "at least 4"]),
+        (["--seed", "-1"], ["--seed", "at least 0"]),
         (["--lr", "-1"], ["lr", "at least 0"]),
         (["--batch-size", "1"], ["two images"]),
         (["--no-stop-grad", "--target-ema", "0.9"], ["target_ema"]),
