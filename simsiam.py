@@ -49,7 +49,7 @@ class Config:
     seed: int = 0  # of weights, data order and views
     device: str = "auto"  # auto | cuda | mps | cpu
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
-    compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
+    compile: str = "off"  # auto | on | off; half a minute, and on a CPU no gain for convolutions
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 32  # side S in pixels; images are cropped to squares and resized
     flip: bool = True  # mirror half of the views
@@ -97,12 +97,12 @@ PRESETS = {
     "cifar10": dict(  # App. D: ResNet-18, 800 epochs of 97 steps
         data="torch/cifar10", batch_size=512, steps=77_600, lr=0.03, save_every=970,
         sample_every=970, backbone="resnet18", backbone_args='{"zero_init_last": true}',
-        cifar_stem=True, dim=2048),
+        cifar_stem=True, dim=2048, compile="auto"),
     "paper": dict(  # App. A: ResNet-50 on ImageNet, 100 epochs of 2502 steps
         data="data/imagenet", image_size=224, batch_size=512, steps=250_200, lr=0.05,
         save_every=2502, sample_every=12_510, backbone="resnet50",
         backbone_args='{"zero_init_last": true}', weight_decay=1e-4, projector_layers=3, dim=2048,
-        blur=0.5),
+        blur=0.5, compile="auto"),
 }
 
 # ---- data ------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def flags(report, seed, folder):
     """The command line that all arms share."""
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device]
     small = ["--steps", 400, "--sample-every", 400, "--save-every", 100, "--compile", "off"]
-    small += ["--backbone-args", '{"layers": [2], "channels": [96], "stem_chs": 48}']  # a narrower one
+    small += ["--backbone-args", '{"layers": [2], "channels": [96], "stem_chs": 48}']  # narrow
     large = ["--preset", "cifar10", "--steps", 4850, "--sample-every", 4850]
     return [str(a) for a in argv + (small if report["args"].preset == "cpu" else large)]
 
