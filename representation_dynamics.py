@@ -1,0 +1,500 @@
+"""How good a denoiser's features are at each noise level, and what memorisation does to them.
+
+Paper     Li, Zhang, Li, Chen, Zhu, Wang, Qu. Understanding Representation Dynamics of Diffusion
+          Models via Low-Dimensional Modeling. arXiv:2502.05743v4
+          Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
+Here      Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block model), Def. 1 snr,
+          Theorem 1 class_confidence and snr_formula, Sec. 5 activations, logistic_probe, curve,
+          Fig. 5 class_subspaces, Fig. 6 nearest_ratio; EDM denoise_edm, sample_edm
+Changed   D_t in class_confidence has the term of psi, which the appendix leaves out: exact for the
+          expectation that it stands for; the gate of Prop. 1 in its form for orthogonal subspaces.
+          Images: a U-Net without attention, not DDPM++; input in EDM's scaling; the probe is
+          fitted on held-out images and tested on others, whatever the network was trained on
+          (paper: on its training set), some labels a class, drawn several times (paper: all); a
+          sample is memorised if its nearest training image is 3 times as near as the next (authors:
+          SSCD similarity above 0.6); unimodal: up and down by two standard errors
+Left out  segmentation, transfer, FID, sliced Wasserstein distance, curves during over-training;
+          weight sharing, ensembles, unequal subspaces: tests/claims/representation_dynamics.py
+Notation  sigma  standard deviation of the noise: 0 is data     x0   clean data
+          x      x0 + sigma eps, the noisy data                 y    class, int64 (B,)
+          U      [U_1 ... U_K], (n, K d) orthonormal            h    features, (B, D)
+          n, d, K   dimensions of data and subspace, classes    w    posterior of y, (B, K)
+          delta  standard deviation along the other classes' subspaces
+Run       python representation_dynamics.py                      # not measured
+          python representation_dynamics.py --preset cifar10     # not measured
+          torchrun --nproc-per-node 8 representation_dynamics.py --preset paper     # not measured
+"""
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from common import (RANK, WORLD, autocast, batch, due, ema_update, explain, fail, figure, gather,
+                    load_checkpoint, load_images, log, parallel, parse_config, save_grid, save_npz,
+                    setup, shares, steps, to_uint8)
+
+# ---- config ----------------------------------------------------------------------------
+
+def levels(text):
+    """Noise levels of the flag --sigmas, comma between: list of floats."""
+    return [float(word) for word in text.split(",")]
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""  # cifar10 | paper; a flag beats its preset
+    out: str = ""  # run folder; empty: runs/representation_dynamics, with -<preset>
+    fresh: bool = False  # start over instead of continuing the run in the folder
+    seed: int = 0  # of weights, subset, data order and noise
+    device: str = "auto"  # auto | cuda | mps | cpu
+    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
+    compile: str = "off"  # auto | on | off; half a minute, and on a CPU no gain for convolutions
+    data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
+    image_size: int = 16  # side S in pixels; larger images are cropped and resized
+    flip: bool = False  # mirror half of the images
+    skip_bad: bool = False  # leave out images that cannot be read
+    batch_size: int = 64  # images per step, summed over all GPUs
+    steps: int = 2000  # optimizer steps
+    lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay; constant after the warm-up
+    warmup: int = 200  # steps of linear warm-up
+    ema_decay: float = 0.999  # of the weights that are sampled and probed
+    log_every: int = 100  # steps between two lines in metrics.jsonl
+    save_every: int = 500  # steps between two checkpoints
+    sample_every: int = 2000  # steps between two curves, with samples beside their nearest images
+    sample: str = ""  # draw from this checkpoint and probe it instead of training
+    n: int = 64  # how many images --sample draws
+    npz: bool = False  # --sample also writes them as ADM's evaluation format
+    subset: int = 0  # train on this many images, drawn with the seed; 0: on all (Fig. 6)
+    patch: int = 2  # squares of this side become channels on the way in, and back
+    dim: int = 32  # channels at the first scale, a multiple of 8; twice as many at the others
+    scales: int = 2  # the side halves in between
+    blocks: int = 2  # residual blocks per scale of the encoder, and of the decoder
+    layer: str = "decoder.3"  # module whose output, averaged over space, is the representation
+    sigmas: str = "0.002,0.008,0.023,0.06,0.14,0.296,0.585,1.088,1.923"  # levels of the curve
+    probe_images: int = 2000  # held-out images that the probe is fitted on, and as many to test
+    shots: int = 100  # labels per class of the probe
+    draws: int = 5  # sets of labels, for a mean and a standard error
+
+    def __post_init__(self):
+        least = dict(patch=1, dim=8, scales=1, blocks=1, warmup=1, shots=1, draws=2)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        coarsest = self.patch * 2**(self.scales - 1)
+        if self.image_size % coarsest or self.dim % 8:
+            raise ValueError(f"image_size {self.image_size} must be divisible by {coarsest}, patch "
+                             f"times 2 for every scale but the first; dim {self.dim} by 8")
+        if self.subset and self.subset < self.batch_size:
+            raise ValueError(f"subset {self.subset} must be 0 or at least one batch")
+        if not self.lr > 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"need lr > 0, ema_decay in [0, 1): {self.lr} and {self.ema_decay}")
+        rising = [0, *levels(self.sigmas)]
+        if len(rising) < 4 or any(not a < b for a, b in zip(rising, rising[1:])):
+            raise ValueError(f"sigmas must be three or more, positive and rising: {self.sigmas}")
+
+CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, flip=True, patch=1, dim=128,
+               scales=3, lr=5e-4, save_every=2000, probe_images=5000)
+PRESETS = {
+    "cifar10": CIFAR10 | dict(batch_size=256, steps=12_000, sample_every=4000),
+    "paper": CIFAR10 | dict(  # widths and blocks of DDPM++; 50 M images seen (Fig. 6)
+        batch_size=512, steps=97_656, sample_every=12_207, blocks=4, layer="decoder.5"),
+}
+SAMPLING = ("layer", "sigmas", "probe_images", "shots", "draws")
+
+# ---- data ------------------------------------------------------------------------------
+# Images x0 in [-1, 1] and y, for the probes alone, are common's; data of the theory: MoLRG.draw.
+
+def take(data, cfg, device, n):
+    """Up to n images uint8 (n, 3, S, S) and labels (n,), in whole batches; same on all ranks."""
+    size = cfg.batch_size if data.images is None else min(cfg.batch_size, n, data.size)
+    size = size // WORLD * WORLD
+    if size == 0:
+        fail(f"--data {cfg.data}: {data.size} images to measure on are too few for {WORLD} ranks")
+    cfg, rows = dataclasses.replace(cfg, flip=False, batch_size=size), []
+    data = argparse.Namespace(**{k: v for k, v in vars(data).items() if k != "iterator"})  # anew
+    for step in range(max(1, min(n, data.size) // size)):
+        x, y = batch(data, cfg, device, step)
+        rows.append((step * size + torch.arange(len(x)) * WORLD + RANK, to_uint8(x), y))
+    return [gather([(row[0], row[i]) for row in rows]).to(device) for i in (1, 2)]
+
+def load_data(cfg, device):
+    """Training data, cfg.subset of them; images uint8 (n, 3, S, S) and labels of the probe."""
+    data = load_images(cfg, device, "train")
+    if cfg.subset:
+        if data.images is None or data.size < cfg.subset:
+            fail(f"--subset {cfg.subset}: of {data.size} images, and they have to fit in memory")
+        generator = torch.Generator().manual_seed(cfg.seed)
+        order = torch.randperm(data.size, generator=generator)[:cfg.subset].to(device)
+        data.images, data.labels, data.size = data.images[order], data.labels[order], cfg.subset
+    images, y = take(load_images(cfg, device, "validation"), cfg, device, 2 * cfg.probe_images)
+    fewest = y[:len(y) // 2].bincount(minlength=data.classes).min().item()
+    if fewest < max(5, cfg.shots):
+        fail(f"--shots {cfg.shots}: a class has {fewest} held-out images to fit a probe on")
+    return data, (images, y)
+
+# ---- model -----------------------------------------------------------------------------
+
+class MoLRG(nn.Module):
+    """Noisy mixture of low-rank Gaussians (Assumption 1) and its optimal denoiser (Prop. 1).
+
+    A class k of K, equally likely: x0 = U_k a + delta Ut_k e, where a and e are standard normal and
+    Ut_k spans the other classes' subspaces. With the true U, forward is E[x0 | x]; with a U to be
+    learned it is the paper's network: projection, a gate for each block, tied reconstruction.
+    """
+
+    def __init__(self, n, d, K, delta):
+        super().__init__()
+        if K * d > n or not 0 < delta < 1:
+            raise ValueError(f"need K d <= n and 0 < delta < 1, got {K} {d}, {n} and {delta}")
+        self.K, self.delta = K, delta
+        self.weight = nn.Parameter(torch.randn(n, K * d))
+
+    def basis(self):  # U (n, K d), orthonormal: Gram-Schmidt of the columns of weight
+        Q, R = torch.linalg.qr(self.weight)
+        return Q * R.diagonal().sign()  # the one U with a positive diagonal: smooth in weight
+
+    def subspaces(self):  # (K, n, d)
+        return rearrange(self.basis(), "n (k d) -> k n d", k=self.K)
+
+    def draw(self, count, generator=None):  # -> x0 (count, n), y (count,), classes in turn
+        U, y = self.basis().detach(), torch.arange(count) % self.K
+        a = torch.randn(count, U.shape[1], generator=generator).to(U).unflatten(1, (self.K, -1))
+        own = F.one_hot(y, self.K).bool()[..., None].to(U.device)  # (count, K, 1)
+        return (a * torch.where(own, 1.0, self.delta)).flatten(1) @ U.T, y
+
+    def features(self, x, sigma):  # (B, n), (B,) -> h (B, K d), w (B, K)
+        z = rearrange(x @ self.basis(), "b (k d) -> b k d", k=self.K)
+        v, dd = sigma[:, None].square(), self.delta**2
+        zeta, xi = 1 / (1 + v), dd / (dd + v)
+        gate = (1 - dd) / (2 * (1 + v) * (dd + v))  # phi - psi = (zeta - xi) / (2 sigma^2)
+        w = (gate * z.square().sum(-1)).softmax(-1)  # Prop. 1
+        beta = xi + (zeta - xi) * w
+        return (beta[..., None] * z).flatten(1), w
+
+    def forward(self, x, sigma):  # (B, n), (B,) -> E[x0 | x], (B, n)
+        return self.features(x, sigma)[0] @ self.basis().T
+
+class ConvBlock(nn.Module):
+    """Residual block; the embedded noise level c scales and shifts between its convolutions."""
+
+    def __init__(self, c_in, c_out, c_time):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.time, self.skip = nn.Linear(c_time, 2 * c_out), nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, c):  # (B, C, H, W), (B, E) -> (B, C', H, W)
+        scale, shift = self.time(c)[:, :, None, None].chunk(2, 1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+class DenoisingUNet(nn.Module):
+    """F of EDM's denoiser, (B, 3, S, S) and c_noise (B,) -> (B, 3, S, S). Width dim, 2 dim from the
+    second scale on; each encoder block hands its output to a decoder block."""
+
+    def __init__(self, patch, dim, scales, blocks):
+        super().__init__()
+        self.patch, self.dim, self.blocks, E = patch, dim, blocks, 2 * dim
+        self.time = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.conv_in = nn.Conv2d(3 * patch**2, dim, 3, padding=1)
+        widths = [dim * (1 + (i >= blocks)) for i in range(scales * blocks)]
+        self.encoder = nn.ModuleList(map(ConvBlock, [dim, *widths], widths, [E] * len(widths)))
+        self.middle = ConvBlock(widths[-1], widths[-1], E)
+        before, back = [widths[-1], *widths[::-1]], widths[::-1]
+        self.decoder = nn.ModuleList(ConvBlock(b + w, w, E) for b, w in zip(before, back))
+        self.norm_out, self.conv_out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * patch**2, 1)
+
+    def forward(self, x, c_noise):
+        p, half, skips = self.patch, self.dim // 2, []
+        angle = c_noise[:, None] * 10000 ** (-torch.arange(half, device=x.device) / (half - 1))
+        c = self.time(torch.cat([angle.cos(), angle.sin()], -1))  # (B, E)
+        h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p))
+        for i, block in enumerate(self.encoder):
+            h = F.avg_pool2d(h, 2) if i and i % self.blocks == 0 else h
+            h = block(h, c)
+            skips.append(h)
+        h = self.middle(h, c)
+        for i, block in enumerate(self.decoder):
+            h = F.interpolate(h, scale_factor=2) if i and i % self.blocks == 0 else h
+            h = block(torch.cat([h, skips.pop()], 1), c)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return rearrange(h, "b (p q c) h w -> b c (h p) (w q)", p=p, q=p)
+
+# ---- method ----------------------------------------------------------------------------
+
+def snr(h, y, bases):
+    """Def. 1: mean over classes k of E |U_k U_k^T h|^2 / E |(I - U_k U_k^T) h|^2. Scalar.
+
+    h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns.
+    """
+    own = torch.einsum("bn,bnd->bd", h, bases[y]).square().sum(1)
+    other = h.square().sum(1) - own
+    return torch.stack([own[y == k].mean() / other[y == k].mean() for k in y.unique()]).mean()
+
+def class_confidence(sigma, d, K, delta):
+    """w of the true class and of another one, the mean over x taken in the exponent (Theorem 1).
+    sigma (S,) -> two of (S,)."""
+    v, dd = sigma.square(), delta**2
+    D_t = d * (1 - dd)**2 / (2 * (1 + v) * (dd + v))  # paper: d (1 - dd) / (2 v (1 + v)), no psi
+    w_plus = 1 / (1 + (K - 1) * (-D_t).exp())
+    return w_plus, (1 - w_plus) / (K - 1)
+
+def snr_formula(sigma, d, K, delta, clean=False):
+    """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
+
+    clean: x0 itself goes in with the label sigma. Up to 7 times snr at the peak, close elsewhere.
+    """
+    rate, dd = sigma.square() / delta**2, delta**2
+    C_t = 1 / dd if clean else (1 + sigma.square()) / (dd + sigma.square())
+    plus, minus = (1 + rate * ((1 - dd) * w + dd) for w in class_confidence(sigma, d, K, delta))
+    return C_t / (K - 1) * (plus / minus).square()
+
+SIGMA_DATA = 0.5  # standard deviation of images in EDM's preconditioning
+
+def denoise_edm(net, x, sigma):
+    """D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4) (EDM Eq. 7): like x (B, 3, S, S)."""
+    s = sigma.view(-1, 1, 1, 1)
+    root = (s**2 + SIGMA_DATA**2).sqrt()
+    F_x = net(x / root, sigma.log() / 4).float()  # float32 again: only the net runs in bf16
+    return SIGMA_DATA**2 / root**2 * x + s * SIGMA_DATA / root * F_x
+
+def dae_loss(denoiser, x0, sigma, weight):
+    """E weight |D(x0 + sigma eps, sigma) - x0|^2, mean over coordinates; sigma, weight (B,)."""
+    x = x0 + sigma.view(-1, *[1] * (x0.ndim - 1)) * torch.randn_like(x0)
+    return (weight * (denoiser(x, sigma) - x0).square().flatten(1).mean(1)).mean()
+
+def image_loss(net, x0):
+    """dae_loss of images (B, 3, S, S): ln sigma ~ N(-1.2, 1.2^2), weight 1 / c_out^2 (EDM)."""
+    sigma = (-1.2 + 1.2 * torch.randn(len(x0), device=x0.device)).exp()
+    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA)**2
+    return dae_loss(functools.partial(denoise_edm, net), x0, sigma, weight)
+
+@torch.no_grad()
+def sample_edm(net, noise, sampling_steps=18):
+    """EDM Alg. 1: Heun from sigma = 80 over 0.002 to 0, rho = 7, the last step Euler. Like noise
+    (B, 3, S, S), float32."""
+    u = torch.linspace(0, 1, sampling_steps, dtype=torch.float64)
+    sigmas = [*((80**(1 / 7) + u * (0.002**(1 / 7) - 80**(1 / 7)))**7).tolist(), 0.0]
+    x = sigmas[0] * noise
+    def slope(x, sigma):  # dx / dsigma
+        return (x - denoise_edm(net, x, x.new_full((len(x),), sigma))) / sigma
+    for a, b in zip(sigmas, sigmas[1:]):
+        g = slope(x, a)
+        if b > 0:
+            g = (g + slope(x + (b - a) * g, b)) / 2
+        x = x + (b - a) * g
+    return x
+
+def memorising_denoiser(x, sigma, points):
+    """E[x0 | x] if the N training points were all there is: softmax(-|x - x_i|^2 / 2 sigma^2) x_i.
+
+    x (B, D), sigma float, points (N, D) -> (B, D)
+    """
+    near = torch.cdist(x, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return (-near / (2 * sigma**2)).softmax(1) @ points
+
+def nearest_ratio(samples, points):
+    """Distance to the nearest of points (N, ...) over that to the second nearest, and the nearest's
+    index: (n,) each. A sample is memorised below 1/3."""
+    mode = "donot_use_mm_for_euclid_dist"  # exact for copies, too
+    d = torch.cdist(samples.flatten(1), points.flatten(1), compute_mode=mode)
+    d, index = d.topk(2, largest=False)
+    return d[:, 0] / d[:, 1].clamp(min=1e-12), index[:, 0]
+
+def activations(net, layer, x, sigma):
+    """What module `layer` gives in D(x, sigma), mean over space: float32 (B, D)."""
+    module, kept = net.get_submodule(layer), []
+    with module.register_forward_hook(lambda module, args, out: kept.append(out)):
+        denoise_edm(net, x, sigma)
+    if kept[0].ndim != 4:
+        raise ValueError(f"gives {tuple(kept[0].shape)}, not (images, channels, height, width)")
+    return kept[0].float().mean((2, 3))
+
+@torch.enable_grad()
+def logistic_probe(f, y, f_test, classes, l2=1e-2):
+    """Logits (m, K) of multinomial logistic regression from f (M, D) to y (M,), for f_test (m, D).
+
+    f is standardised by its mean and std; L-BFGS on mean cross-entropy + l2 / 2 |W|^2.
+    """
+    mean, std = f.mean(0), f.std(0) + 1e-6
+    X, X_test = ((u - mean) / std for u in (f, f_test))
+    W = X.new_zeros(X.shape[1], classes, requires_grad=True)
+    b = X.new_zeros(classes, requires_grad=True)
+    opt = torch.optim.LBFGS([W, b], max_iter=200, tolerance_change=1e-8,
+                            line_search_fn="strong_wolfe")
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(X @ W + b, y) + l2 / 2 * W.square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return (X_test @ W + b).detach()
+
+def few_shot(y, classes, shots, seed):
+    """Indices of `shots` random entries of each class in y (M,): int64 (classes * shots,)."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    return torch.cat([order[y[order] == k][:shots] for k in range(classes)])
+
+def class_subspaces(f, y, classes, rank=5):
+    """Mean (D,) of f / |f| and, per class, its top right singular vectors about that mean,
+    (K, D, rank) (Fig. 5). They classify by energy: |U_k^T (f / |f| - mean)|^2."""
+    f = F.normalize(f)
+    mean = f.mean(0)
+    parts = [torch.linalg.svd(f[y == k] - mean, full_matrices=False).Vh for k in range(classes)]
+    return mean, torch.stack([V[:rank].T for V in parts])
+
+def unimodality(values):
+    """Where a curve (repeats, levels) peaks, and by how much: dict of numbers.
+
+    rise, drop  peak minus value at the first and the last level, with standard errors over repeats
+    unimodal    1 if the peak is inside and both exceed two standard errors, else 0
+    """
+    peak = values.mean(0).argmax().item()
+    ends = torch.stack([values[:, peak] - values[:, i] for i in (0, -1)])  # (2, repeats)
+    rise, drop = ends.mean(1).tolist()
+    rise_se, drop_se = (ends.std(1) / len(values)**0.5).tolist()
+    unimodal = int(0 < peak < values.shape[1] - 1 and rise > 2 * rise_se and drop > 2 * drop_se)
+    return {"peak": peak, "accuracy": values[:, peak].mean().item(), "rise": rise,
+            "rise_se": rise_se, "drop": drop, "drop_se": drop_se, "unimodal": unimodal}
+
+# ---- train -----------------------------------------------------------------------------
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+@torch.no_grad()
+def collect(net, images, sigma, noisy, cfg, device):
+    """Features (n, D) of uint8 images at one level, the same noise at each; or of clean input."""
+    parts, generator = [], torch.Generator().manual_seed(10_007)
+    for x in images.split(500):
+        x, s = to_float(x), torch.full((len(x),), sigma, device=device)
+        if noisy:
+            x = x + sigma * torch.randn(x.shape, generator=generator).to(device)
+        with autocast(cfg, device):
+            parts.append(activations(net, cfg.layer, x, s))
+    return torch.cat(parts)
+
+def curve(net, images, y, classes, noisy, cfg, device):
+    """Features at each of cfg.sigmas: accuracy (draws, levels) of few-shot probes that one half of
+    uint8 images (n, 3, S, S) fits, on the other; of class subspaces, and their snr (levels,)."""
+    half, rows = len(y) // 2, []
+    sets = [few_shot(y[:half], classes, cfg.shots, seed) for seed in range(cfg.draws)]
+    for sigma in levels(cfg.sigmas):
+        f = collect(net, images, sigma, noisy, cfg, device)
+        logits = [logistic_probe(f[i], y[i], f[half:], classes) for i in sets]
+        mean, bases = class_subspaces(f[:half], y[:half], classes)
+        h = F.normalize(f[half:]) - mean
+        logits.append(torch.einsum("bn,knd->bkd", h, bases).square().sum(-1))
+        row = [(u.argmax(1) == y[half:]).float().mean() for u in logits]
+        rows.append(torch.stack([*row, snr(h, y[half:], bases)]).cpu())
+    table = torch.stack(rows, 1)  # (draws + 2, levels)
+    return {"accuracy": table[:-2], "subspace": table[-2], "snr": table[-1]}
+
+def held_out_loss(net, images, cfg, device):
+    """image_loss of 2000 draws from uint8 images (n, 3, S, S), the same noise for any images."""
+    torch.manual_seed(20_011)
+    x = to_float(images[torch.arange(2000, device=device) % len(images)])
+    with autocast(cfg, device):
+        return torch.stack([image_loss(net, part) for part in x.split(500)]).mean().item()
+
+@torch.no_grad()
+def measure_curves(net, data, held_out, samples, cfg, device, path):
+    """Curves of noisy and clean input to the terminal, <path>_probe.png and .json; samples uint8
+    (n, 3, S, S), each left of its nearest training image, to <path>.png. Returns numbers."""
+    curves = {name: curve(net, *held_out, data.classes, name == "noisy", cfg, device)
+              for name in ("noisy", "clean")}
+    train_images = take(data, cfg, device, cfg.probe_images)[0]
+    bank = train_images if data.images is None else data.images  # streamed: a part stands for it
+    ratio, index = nearest_ratio(to_float(samples.to(device)), to_float(bank))
+    sigmas, result = levels(cfg.sigmas), unimodality(curves["noisy"]["accuracy"])
+    result["peak"] = sigmas[result["peak"]]
+    if RANK == 0:
+        print(f"{'sigma':>8}" + "".join(f"{f'{k} {m}':>16}" for k in curves for m in curves[k]))
+        for i, sigma in enumerate(sigmas):
+            row = [m[..., i].mean() for c in curves.values() for m in c.values()]
+            print(f"{sigma:8.3f}" + "".join(f"{value:16.4f}" for value in row))
+        lists = {name: {key: m.tolist() for key, m in c.items()} for name, c in curves.items()}
+        Path(f"{path}_probe.json").write_text(json.dumps({"sigma": sigmas} | lists))
+        with figure(f"{path}_probe.png", 1, 3) as axes:
+            titles = f"accuracy, {cfg.shots} labels a class", "class-subspace accuracy", "SNR"
+            for ax, title, key in zip(axes[0], titles, ("accuracy", "subspace", "snr")):
+                for name, m in ((name, torch.atleast_2d(curves[name][key])) for name in curves):
+                    ax.errorbar(sigmas, m.mean(0), m.std(0, correction=0), fmt="o-", label=name)
+                ax.set(title=title, xlabel="noise level sigma", xscale="log")
+            axes[0, 0].legend(title="input", fontsize=7)
+        pairs = torch.stack([samples, bank[index].cpu()], 1)[:32].flatten(0, 1)
+        save_grid(pairs, f"{path}.png", columns=8)
+    return result | {"memorised": (ratio < 1 / 3).float().mean().item(),
+                     "train": held_out_loss(net, train_images, cfg, device),
+                     "held_out": held_out_loss(net, held_out[0], cfg, device)}
+
+def build(cfg):
+    """The network of this config; one line and the end if it has no such layer."""
+    net = DenoisingUNet(cfg.patch, cfg.dim, cfg.scales, cfg.blocks)
+    with explain(f"--layer {cfg.layer}", AttributeError, ValueError), torch.no_grad():
+        x = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+        activations(net, cfg.layer, x, torch.ones(1))
+    return net.to(memory_format=torch.channels_last)
+
+def draw(net, n, cfg, device, seed):
+    """n samples, uint8 (n, 3, S, S) on the CPU, a part on each rank."""
+    parts = []
+    for index, generator in shares(n, 250, seed):
+        shape = len(index), 3, cfg.image_size, cfg.image_size
+        noise = torch.randn(shape, generator=generator).to(device)
+        with autocast(cfg, device):
+            parts.append((index, to_uint8(sample_edm(net, noise))))
+    return gather(parts)
+
+def train(cfg):
+    device = setup(cfg)
+    data, held_out = load_data(cfg, device)
+    model = build(cfg).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # not compiled or wrapped
+    opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    net = parallel(model, cfg, device)
+    state, result = {"model": model, "ema": ema, "opt": opt}, {}  # result: the latest
+
+    for step in steps(cfg, state):
+        x0, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
+        with autocast(cfg, device):
+            loss = image_loss(net, x0)
+        loss.backward()
+        grad_norm = nn.utils.get_total_norm([w.grad for w in model.parameters()])
+        opt.param_groups[0]["lr"] = lr = cfg.lr * min(1, (step + 1) / cfg.warmup)
+        opt.step()
+        opt.zero_grad()
+        ema_update(ema, model, cfg.ema_decay, step)
+        if due(cfg, cfg.sample_every, step):
+            path = f"{cfg.out}/samples_{step + 1:07d}"
+            images = draw(ema, 128, cfg, device, seed=0)
+            result = measure_curves(ema, data, held_out, images, cfg, device, path)
+        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **result)
+
+def sample(cfg):
+    """Draw cfg.n images from cfg.sample and measure its features, at any layer and levels."""
+    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    net = build(cfg).to(device).eval().requires_grad_(False)
+    net.load_state_dict(saved["ema"])
+    images, path = draw(net, cfg.n, cfg, device, cfg.seed), f"{cfg.out}/sample"
+    result = measure_curves(net, *load_data(cfg, device), images, cfg, device, path)
+    if RANK == 0:
+        print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    if cfg.npz:
+        save_npz(images, torch.zeros(len(images), dtype=torch.int64), f"{path}.npz")
+
+def main(argv=None):
+    cfg = parse_config(Config, PRESETS, SAMPLING, argv)
+    sample(cfg) if cfg.sample else train(cfg)
+
+if __name__ == "__main__":
+    main()
