@@ -123,8 +123,7 @@ def ema_update(ema, model, decay, step=math.inf):
 def shapes(n, size, seed, device="cpu"):
     """Bright shapes on dark, free in position, scale, angle and two colours: ten 10-d manifolds.
     returns  uint8 (n, 3, size, size), anti-aliased; int64 (n,): i % 10 for image i, index of SHAPES
-    note     a function of the seed: factors are drawn on the CPU, devices agree to one grey level;
-             the shape is brighter than its background by at least 0.25 in every channel"""
+    note     devices agree to one grey level; every channel is brighter by 0.25 in the shape"""
     u = torch.rand(n, 10, generator=torch.Generator().manual_seed(seed)).to(device)
     radius = 0.55 + 0.3 * u[:, 2]  # of the outer circle; the image is [-1, 1]^2
     centre = (2 * u[:, :2] - 1) * (1 - radius)[:, None]  # the shape stays inside
@@ -164,6 +163,7 @@ def shape_distance(name, x, y):
 
 def load_images(cfg, device, split="all"):
     """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
+    `shapes:disc,ring` keeps these kinds, with their labels.
     split    all: shapes with data seed 0, or what a set has for training | validation: shapes with
              data seed 1, or a set's own held-out part; of a folder or .tar without one every tenth
              image | train: as all, less those tenths
@@ -177,9 +177,13 @@ def load_images(cfg, device, split="all"):
     loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
-    if cfg.data == "shapes":
-        data.size, seed = (10_000, 1) if split == "validation" else (50_000, 0)
-        data.images, data.labels = shapes(data.size, S, seed, device)
+    if cfg.data.partition(":")[0] == "shapes":
+        kinds = cfg.data[7:].split(",") if ":" in cfg.data else SHAPES
+        if set(kinds) - set(SHAPES):
+            fail(f"--data {cfg.data}: after shapes: are allowed {', '.join(SHAPES)}")
+        images, y = shapes(*((10_000, S, 1) if split == "validation" else (50_000, S, 0)), device)
+        keep = torch.isin(y, torch.tensor([SHAPES.index(k) for k in kinds], device=device))
+        data.images, data.labels, data.size = images[keep], y[keep], keep.sum().item()
     else:
         dataset, data.classes = open_dataset(cfg.data, split)
         if isinstance(dataset, IterableDataset):  # resumes in another order
@@ -215,19 +219,18 @@ def open_dataset(name, split):
         elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
             dataset = create_dataset("", name, "train" if train else split)
         else:
-            fail(f"--data {name}: allowed are shapes, a folder or .tar of class sub-folders, and "
-                 "what timm reads: torch/..., hfds/..., hfids/..., tfds/..., wds/...")
+            fail(f"--data {name}: allowed are shapes, shapes:disc,ring, a folder or .tar of class "
+                 "sub-folders, what timm reads: torch/..., hfds/..., hfids/..., tfds/..., wds/...")
     reader = getattr(dataset, "reader", dataset)
     maps = [getattr(reader, k, ()) for k in ("classes", "class_to_idx", "class_name_to_idx")]
     names = next(filter(None, maps), [""])
     if "" in names:
         fail(f"--data {name}: no classes; images of a folder or .tar must lie in class sub-folders")
     if split != "all" and getattr(reader, "root", "") == name:  # has no held-out part of its own
-        if os.path.isdir(f"{name}/train"):
-            fail(f"--data {name}: has train, but no validation, val or test to hold out")
         keep = [i for i in range(len(reader.samples)) if (i % 10 < 9) == train]
-        if not keep:
-            fail(f"--data {name}: fewer than ten images, none to hold out")
+        if os.path.isdir(f"{name}/train") or not keep:
+            fail(f"--data {name}: none to hold out: it needs a folder validation, val or test "
+                 "beside train, or, without train, ten images")
         for column in {"samples", "targets"} & set(vars(reader)):
             setattr(reader, column, [getattr(reader, column)[i] for i in keep])
     return dataset, len(names)
@@ -423,9 +426,9 @@ def log(cfg, state, step, **values):
     (first, before), state["clock"] = state["clock"], (step + 1, now)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     memory = torch.cuda.max_memory_allocated() if row.is_cuda else host
-    rate = cfg.batch_size * (step + 1 - first) / (now - before)
-    line = values | dict(zip(tensors, mean.tolist()))
-    line |= {"images_per_s": rate, "memory_gb": memory / 2**30}
+    line = values | dict(zip(tensors, mean.tolist())) | {
+        "images_per_s": cfg.batch_size * (step + 1 - first) / (now - before),
+        "memory_gb": memory / 2**30}
     if RANK == 0:
         tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         with open(Path(cfg.out, "metrics.jsonl"), "a") as file:

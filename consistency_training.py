@@ -55,25 +55,25 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
     compile: str = "off"  # auto | on | off; minutes, and on a CPU no gain for this network
-    data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
+    data: str = "shapes:disc,ring,bar"  # shapes | folder or .tar of classes | torch/... hfds/...
     image_size: int = 16  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 128  # images per step, summed over all GPUs
-    steps: int = 3000  # optimizer steps K
-    lr: float = 1e-3  # RAdam, constant, no decay (CT Tab. 3: 4e-4; iCT, ECT: 1e-4)
+    steps: int = 850  # optimizer steps K
+    lr: float = 1e-2  # RAdam (CT Tab. 3: 4e-4; iCT, ECT: 1e-4)
+    lr_decay: bool = True  # the rate falls linearly to 0 (papers: constant)
     ema_decay: float = 0.999  # of the weights that are sampled
-    log_every: int = 100  # steps between two lines in metrics.jsonl
-    save_every: int = 1000  # steps between two checkpoints
-    sample_every: int = 1500  # steps between two sample grids
+    log_every: int = 50  # steps between two lines in metrics.jsonl
+    save_every: int = 425  # steps between two checkpoints
+    sample_every: int = 425  # steps between two sample grids
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 64  # how many images --sample draws
     npz: bool = False  # --sample also writes them as ADM's evaluation format
-    channels: int = 32  # of the first convolution and of the embedding of t
-    widths: str = "32,64"  # channels of each level; the side halves in between
-    blocks: int = 2  # residual blocks per level of the encoder; one more in the decoder
+    channels: int = 16  # of the first convolution and of the embedding of t
+    widths: str = "16,32,64"  # channels of each level; the side halves in between
+    blocks: int = 1  # residual blocks per level of the encoder; one more in the decoder
     attention: int = 4  # side of the feature maps that have self-attention, beside the middle
-    stem: int = 2  # squares of this side become channels on the way in, and back
     dropout: float = 0.0  # in residual blocks; one mask for both branches (iCT: 0.3, ECT: 0.2)
     method: str = "ict"  # ct | ict | ect | diffusion: noise levels; all of CT: --preset paper-ct
     metric: str = "huber"  # huber | l2 | l1 | lpips: distance d of the two branches (iCT Sec. 3.3)
@@ -83,24 +83,24 @@ class Config:
     t_max: float = 80.0  # T, where sampling starts
     sigma_data: float = 0.5  # standard deviation of the data, for the preconditioning
     s0: int = 10  # points of the grid at the start (CT: 2)
-    s1: int = 160  # and at the end (CT: 150; iCT: 1280)
+    s1: int = 40  # and at the end (CT: 150; iCT: 1280)
     q: float = 2.0  # ECT: each stage divides t - r by it
-    stages: int = 8  # ECT: equal parts of the steps (ImageNet: 4, q = 4; one hour: 1, q = 256)
-    diffusion_steps: int = 1500  # ECT: steps of the diffusion model that it starts from
+    stages: int = 4  # ECT: equal parts of the steps (CIFAR-10: 8; one hour: 1, q = 256)
+    diffusion_steps: int = 500  # ECT: steps of the diffusion model that it starts from
     taus: str = "0.8"  # noise levels of further sampling steps, comma between; "": one step
     edit_steps: int = 18  # points of the grid in editing (CT: 40)
 
     def __post_init__(self):
-        for name in ("blocks", "stem", "s0", "diffusion_steps", "stages", "edit_steps"):
+        for name in ("blocks", "s0", "diffusion_steps", "stages", "edit_steps"):
             if getattr(self, name) < 1 + (name == "edit_steps"):
                 raise ValueError(f"{name} is too small: {getattr(self, name)}")
         widths = numbers(self.widths)
         if not widths or any(w < 1 or w % 4 for w in [self.channels, *widths]):
             raise ValueError(f"not multiples of 4: channels {self.channels}, widths {self.widths}")
-        coarsest = math.lcm(4, self.stem * 2 ** (len(widths) - 1))  # 4: for super-resolution
+        coarsest = max(4, 2 ** (len(widths) - 1))  # 4: for super-resolution
         if self.image_size % coarsest:
             raise ValueError(f"image_size {self.image_size} is not divisible by {coarsest}: 4, and "
-                             "stem times 2 for every level but the first")
+                             "2 for every level but the first")
         for name in ("dropout", "target_ema", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -116,15 +116,16 @@ class Config:
         if self.s1 < self.s0 or (self.method == "ct" and self.s0 < 2):
             raise ValueError(f"need s0 <= s1, and s0 >= 2 with ct, got {self.s0} and {self.s1}")
 
-CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, stem=1, attention=16)
+CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, attention=16, stages=8)
 PAPER = CIFAR10 | dict(  # iCT on CIFAR-10 with the DDPM++ network, 55.7 M parameters
-    flip=True, batch_size=1024, steps=400_000, lr=1e-4, ema_decay=0.99993, save_every=5000,
-    sample_every=25_000, channels=128, widths="256,256,256", blocks=4, dropout=0.3, s1=1280,
-    taus="0.821", edit_steps=40)
+    flip=True, batch_size=1024, steps=400_000, lr=1e-4, lr_decay=False, ema_decay=0.99993,
+    save_every=5000, sample_every=25_000, channels=128, widths="256,256,256", blocks=4, dropout=0.3,
+    s1=1280, taus="0.821", edit_steps=40)
 PRESETS = {
     "cifar10": CIFAR10 | dict(
         method="ect", flip=True, batch_size=256, steps=6000, lr=4e-4, save_every=1000,
-        sample_every=2000, channels=64, widths="64,128,128", dropout=0.1, diffusion_steps=4000),
+        sample_every=2000, channels=64, widths="64,128,128", blocks=2, s1=160, dropout=0.1,
+        diffusion_steps=4000),
     "paper": PAPER,
     "paper-ct": PAPER | dict(  # CT Tab. 3
         method="ct", metric="lpips", batch_size=512, steps=800_000, lr=4e-4, ema_decay=0.9999,
@@ -194,15 +195,15 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """DDPM++ of Song et al. 2021 in EDM's form: (B, 3, S, S) and c_noise (B,) -> (B, 3, S, S)."""
 
-    def __init__(self, side, channels, widths, blocks, attention, stem, dropout=0.0):
+    def __init__(self, side, channels, widths, blocks, attention, dropout=0.0):
         super().__init__()
-        self.stem, self.channels, E = stem, channels, 4 * channels
+        self.channels, E = channels, 4 * channels
         self.embedding = nn.Sequential(nn.Linear(channels, E), nn.SiLU(),
                                        nn.Linear(E, E), nn.SiLU())
-        side, c, pixels = side // stem, channels, 3 * stem**2
+        c = channels
         def block(c_in, c_out, resample="", attend=False):
             return ResBlock(c_in, c_out, E, resample, attend, dropout)
-        self.conv_in, skips = nn.Conv2d(pixels, channels, 3, padding=1), [channels]
+        self.conv_in, skips = nn.Conv2d(3, channels, 3, padding=1), [channels]
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
@@ -222,7 +223,7 @@ class UNet(nn.Module):
             if level:
                 side = side * 2
                 self.decoder.append(block(c, c, "up"))
-        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, pixels, 3, padding=1)
+        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
         self.initialize()
 
     def initialize(self):
@@ -240,8 +241,7 @@ class UNet(nn.Module):
         rate = 10000 ** (-torch.arange(half, device=x.device) / (half - 1))  # EDM: up to 1e-4
         angle = c_noise[:, None] * rate
         c = self.embedding(torch.cat([angle.cos(), angle.sin()], -1))  # (B, E)
-        p = self.stem
-        h = [self.conv_in(rearrange(x, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p))]
+        h = [self.conv_in(x)]
         for block in self.encoder:
             h.append(block(h[-1], c))
         middle = h[-1]
@@ -254,8 +254,7 @@ class UNet(nn.Module):
         for block in self.decoder:
             joins = not isinstance(block.resample, nn.Upsample)
             x = block(torch.cat([x, skips.pop()], 1) if joins else x, c)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return rearrange(x, "b (p q c) h w -> b c (h p) (w q)", p=self.stem, q=self.stem)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 # ---- method ----------------------------------------------------------------------------
 
@@ -395,7 +394,7 @@ def features(net, x_t, t, sigma_data=0.5):
 def build(cfg):
     """The network F of this config."""
     return UNet(cfg.image_size, cfg.channels, [int(w) for w in numbers(cfg.widths)], cfg.blocks,
-                cfg.attention, cfg.stem, cfg.dropout)
+                cfg.attention, cfg.dropout)
 
 def pairs(cfg, n, step):
     """t_hi, t_lo, weight, float64 (n,) each; and N, the points of the grid, or ECT's stage."""
@@ -463,6 +462,7 @@ def train(cfg, data=None):
                                     cfg.sigma_data, cfg.t_min, cfg.stop_grad)
         loss.backward()
         grad_norm = nn.utils.get_total_norm([w.grad for w in model.parameters()])
+        opt.param_groups[0]["lr"] = lr = cfg.lr * (1 - step / cfg.steps * cfg.lr_decay)
         opt.step()
         opt.zero_grad()
         if cfg.target_ema:
@@ -474,7 +474,7 @@ def train(cfg, data=None):
             path = f"{cfg.out}/samples_{step + 1:07d}"
             ratio = {"std_ratio": draw(ema, held_out, cfg, device, path)}
         count = {"diffusion": {}, "ect": {"stage": N}}.get(cfg.method, {"N": N})
-        log(cfg, state, step, loss=loss, lr=cfg.lr, grad_norm=grad_norm, **count, **ratio)
+        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **count, **ratio)
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, in one step and one more for each of cfg.taus."""

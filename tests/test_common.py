@@ -106,6 +106,17 @@ def test_shapes_are_a_function_of_the_seed_and_of_the_index():
     assert (smaller - one[0].float()).abs().mean() < 2.5
 
 
+def test_some_kinds_of_shapes_keep_their_images_and_labels(refuses):
+    every, some = (common.load_images(config("--data", name), torch.device("cpu"), "validation")
+                   for name in ("shapes", "shapes:ring,bar"))
+    keep = (every.labels == 1) | (every.labels == 7)
+    assert some.size == 2000 and some.classes == 10
+    assert torch.equal(some.images, every.images[keep])
+    assert torch.equal(some.labels, every.labels[keep])
+    wrong = config("--data", "shapes:ring,cube")
+    refuses(lambda: common.load_images(wrong, torch.device("cpu")), "ring,cube", "disc, ring")
+
+
 def test_shapes_cover_the_area_that_geometry_says():
     s, c = math.sin(math.pi / 5), math.cos(math.pi / 5)
     # crescent: disc of 0.95 minus its lens with a disc of 0.75, centres 0.5 apart

@@ -13,7 +13,7 @@ import consistency_training as script
 from common import load_checkpoint
 
 SMALL = ["--device", "cpu", "--compile", "off", "--batch-size", "16", "--steps", "4"]
-SMALL += ["--image-size", "8", "--channels", "8", "--widths", "8,8", "--blocks", "1", "--stem", "1"]
+SMALL += ["--image-size", "8", "--channels", "8", "--widths", "8,8", "--data", "shapes"]
 SMALL += ["--log-every", "1", "--edit-steps", "3", "--diffusion-steps", "2"]
 
 
@@ -121,7 +121,7 @@ def test_distances_have_their_formulas():
 
 
 def small_net(dropout=0.0, **how):
-    net = script.UNet(8, 8, [8, 16], 1, 4, 1, dropout)
+    net = script.UNet(8, 8, [8, 16], 1, 4, dropout)
     for w in net.parameters():  # the ends of residual branches start near 0: wake them
         if w.ndim > 1:
             nn.init.normal_(w, std=0.2)
@@ -387,7 +387,7 @@ def test_network_is_ddpm_of_55_7_million_and_near_zero_at_the_start():
     attention = [b.attention for b in net.encoder]
     assert sum(attention) == 4 and sum(b.attention for b in net.decoder) == 1
     assert [b.attention for b in net.middle] == [True, False]
-    net = script.UNet(16, 8, [8, 16], 1, 4, 2)
+    net = script.UNet(16, 8, [8, 16], 1, 4)
     x = torch.randn(2, 3, 16, 16)
     out = net(x, torch.randn(2))
     assert out.shape == x.shape and out.abs().max() < 1e-3
@@ -451,7 +451,8 @@ def test_ect_starts_from_the_diffusion_model(monkeypatch):
 
 def test_pairs_follow_method_and_step():
     cfg = lambda **how: script.Config(steps=80, **how)
-    assert [script.pairs(cfg(method="ect"), 4, k)[3] for k in (0, 9, 10, 79)] == [0, 0, 1, 7]
+    ect = cfg(method="ect", stages=8)
+    assert [script.pairs(ect, 4, k)[3] for k in (0, 9, 10, 79)] == [0, 0, 1, 7]
     assert [script.pairs(cfg(s0=10, s1=40), 4, k)[3] for k in (0, 27, 79)] == [11, 21, 41]
     hi, lo, w, N = script.pairs(cfg(method="ct", s0=2, s1=2), 400, 0)
     assert N == 2 and (hi == 80).all() and (lo == 0.002).all() and (w == 1).all()
@@ -460,6 +461,20 @@ def test_pairs_follow_method_and_step():
     stage = cfg(method="ect", stages=1, q=256.0)
     t, r, _, _ = script.pairs(stage, 4000, 0)
     assert (r / t)[(t > 0.2) & (t < 50)].min() > 0.96
+
+
+@pytest.mark.parametrize("decays, rates", [(True, [0.4, 0.3, 0.2, 0.1]), (False, [0.4] * 4)])
+def test_rate_falls_linearly_if_asked_for(decays, rates, monkeypatch):
+    used, real = [], torch.optim.RAdam.step
+
+    def step(opt):
+        used.append(opt.param_groups[0]["lr"])
+        real(opt)
+
+    monkeypatch.setattr(torch.optim.RAdam, "step", step)
+    flag = "--lr-decay" if decays else "--no-lr-decay"
+    script.main(SMALL + ["--lr", "0.4", flag, "--out", "run"])
+    assert used == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -485,7 +500,7 @@ def test_continued_run_may_not_change_its_steps(refuses):
 
 @pytest.mark.parametrize("widths", ["12,24", "20,20"])
 def test_widths_need_not_divide_by_the_number_of_groups(widths):
-    cfg = script.Config(image_size=8, stem=1, channels=48, widths=widths)
+    cfg = script.Config(image_size=8, channels=48, widths=widths)
     net = script.build(cfg)
     assert net(torch.randn(2, 3, 8, 8), torch.randn(2)).shape == (2, 3, 8, 8)
 
@@ -526,7 +541,7 @@ def test_sample_takes_one_or_more_steps_from_the_ema():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--image-size", "10", "--stem", "1"], ["10", "divisible by 4"]),
+        (["--image-size", "10"], ["10", "divisible by 4"]),
         (["--widths", "8,6"], ["multiples of 4"]),
         (["--lr", "-1"], ["lr"]),
         (["--taus", "nan"], ["t_max > taus"]),

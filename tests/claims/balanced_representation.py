@@ -242,7 +242,7 @@ def duplicated(cfg, device, seed, copies, distinct):
 def codes(net, cfg, x, sigma, g):
     """SiLU outputs of every decoder block at full size, spatial maximum, for noisy x (n, 3, S, S):
     list of (n, C); and the mean squared error of the denoiser."""
-    kept, side = [], cfg.image_size // cfg.stem
+    kept, side = [], cfg.image_size
     hooks = [block.norm2.register_forward_hook(lambda m, i, out: kept.append(F.silu(out)))
              for block in net.decoder]
     t = torch.full((len(x),), sigma, dtype=torch.float64)
@@ -264,7 +264,7 @@ def denoiser_arm(report, seed, folder):
     small = report["args"].preset == "cpu"
     steps = UNET_STEPS[report["args"].preset]
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device]
-    argv += ["--method", "diffusion", "--steps", steps, "--sample-every", steps]
+    argv += ["--method", "diffusion", "--data", "shapes", "--steps", steps, "--sample-every", steps]
     argv += [] if small else ["--image-size", 32, "--channels", 64, "--widths", "64,128,128"]
     cfg = consistency_training.parse_config(consistency_training.Config, {}, (),
                                             [str(a) for a in argv])

@@ -12,9 +12,9 @@ ring      CIFAR-10 FID in 1 and 2 steps: CT 8.70, 5.83 (arXiv:2303.01469); iCT 2
 shrink    Not in a paper: without stop-gradient samples shrink; for 1-D Gaussian data to 2 / pi =
           0.637 of their width with iCT's weight and 0.302 with CT's (tests/). Agrees if the std
           ratios of the ring are within 0.05 of 0.64 and 0.30.
-images    The same on images, equal images seen; CT in the form that a short run favours, without
-          EMA, s1 = 18. Agrees if fd_2 < fd_1 for iCT and ECT, fd_1 of iCT is at most 0.7
-          times that of CT, and the std ratio without stop-gradient is below 0.75.
+images    The same on images (cpu: three kinds of shapes), equal images seen; CT in the form that
+          a short run favours, without EMA, s1 = 18. Agrees if fd_2 < fd_1 for iCT and ECT, fd_1 of
+          iCT is at most 0.7 times that of CT, and the std ratio without stop-gradient below 0.75.
 features  A blog's claim that no paper tests: consistency training learns a representation. A linear
           probe of the middle of the network at five noise levels, against the same network trained
           as a plain denoiser. Agrees if iCT's best level is at least as good as the denoiser's.
@@ -24,7 +24,8 @@ std_ratio   standard deviation of 1-step samples over that of the data
 near        share of 1-step samples within three standard deviations of a mode
 sce         root mean square distance of f(x_t, t) to the end of the exact probability-flow ODE, at
             t = 80, 17.5, 2.5 and 0.17
-fd_1, fd_2  Frechet distance in the judge's features, 5,000 samples; fd_2_best: best tau of four
+fd_1, fd_2  Frechet distance in the judge's features, 2,000 samples (gpu: 5,000); fd_2_best: at
+            the best tau of four
 """
 import copy
 import functools
@@ -45,8 +46,9 @@ STEPS = 6000
 TAUS = (0.4, 0.8, 1.5, 3.0)
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)
 ICT, CT = dict(method="ict", s1=1280), dict(method="ct", metric="l2", s0=2, s1=150)
+ECT = dict(method="ect", stages=8)
 RING = {  # settings of a Config; start: share of the steps spent on diffusion first
-    "iCT": ICT, "ECT": dict(method="ect"), "ECT, diffusion first": dict(method="ect", start=0.5),
+    "iCT": ICT, "ECT": ECT, "ECT, diffusion first": ECT | dict(start=0.5),
     "iCT, EMA target": ICT | dict(target_ema=0.99), "CT, no EMA": CT,
     "CT, s1 = 18": CT | dict(target_ema=0.9, s1=18), "CT": CT | dict(target_ema=0.9),
     "CT, no EMA, no stop-gradient": CT | dict(stop_grad=False),
@@ -175,7 +177,7 @@ def image_arm(report, extra, seed, folder):
     """Train one arm through the script's own command line, then measure its EMA network."""
     small, method = report["args"].preset == "cpu", (extra[1:2] or ["ict"])[0]
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device, *extra]
-    K = 1500 if small else 6000
+    K = 360 if small else 6000
     argv += ["--sample-every", K, "--save-every", K] + ([] if small else ["--preset", "cifar10"])
     argv += ["--steps", K // 2, "--diffusion-steps", K // 2] if method == "ect" else ["--steps", K]
     argv = [str(a) for a in argv + ([] if small or method == "ect" else ["--method", method])]
@@ -185,12 +187,14 @@ def image_arm(report, extra, seed, folder):
     device, saved = setup(cfg), load_checkpoint(folder / "last.pt")
     net = script.build(cfg).to(device).eval().requires_grad_(False)
     net.load_state_dict(saved["ema"])
-    return measure_samples(net, cfg, device, folder) | measure_features(net, cfg, device)
+    n = 2000 if small else 5000
+    return measure_samples(net, cfg, device, folder, n) | measure_features(net, cfg, device)
 
 
-def measure_samples(net, cfg, device, folder, n=5000):
+def measure_samples(net, cfg, device, folder, n):
     """Frechet distances of samples in one and two steps, and their spread; keeps eight of each."""
-    data, judge = load_images(cfg, device), load_judge(cfg.data, cfg.image_size, device=device)
+    name = cfg.data.partition(":")[0]  # of all its kinds
+    data, judge = load_images(cfg, device), load_judge(name, cfg.image_size, device=device)
 
     def draw(*levels):
         first, later = (torch.Generator().manual_seed(s) for s in (0, 1))  # as for every arm
