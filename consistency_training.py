@@ -60,13 +60,13 @@ class Config:
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 128  # images per step, summed over all GPUs
-    steps: int = 850  # optimizer steps K
+    steps: int = 750  # optimizer steps K
     lr: float = 1e-2  # RAdam (CT Tab. 3: 4e-4; iCT, ECT: 1e-4)
     lr_decay: bool = True  # the rate falls linearly to 0 (papers: constant)
     ema_decay: float = 0.999  # of the weights that are sampled
     log_every: int = 50  # steps between two lines in metrics.jsonl
-    save_every: int = 425  # steps between two checkpoints
-    sample_every: int = 425  # steps between two sample grids
+    save_every: int = 375  # steps between two checkpoints
+    sample_every: int = 375  # steps between two sample grids
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 64  # how many images --sample draws
     npz: bool = False  # --sample also writes them as ADM's evaluation format
