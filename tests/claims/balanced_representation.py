@@ -65,7 +65,7 @@ SIGMAS = (0.2, 1.0, 5.0)
 FEW = ["--data", "fields", "--samples", 5, "--separated", "--loss", "code", "--weight-decay", 0.01]
 SIMPLEX = ["--data", "simplex", "--image-size", 8, "--width", 40, "--loss", "code",
            "--weight-decay", 1e-3, "--samples", 10_000]
-UNET_STEPS = {"cpu": 1200, "gpu": 30_000}
+UNET_STEPS = {"cpu": 550, "gpu": 30_000}
 SPIKY = ("std", "pr", "l4")
 
 
