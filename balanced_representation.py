@@ -57,7 +57,7 @@ class Config:
     log_every: int = 200  # steps between two lines in metrics.jsonl
     save_every: int = 2000  # steps between two checkpoints
     sample_every: int = 3000  # steps between two pictures and measurements
-    sample: str = ""  # draw from this checkpoint instead of training
+    sample: str = ""  # draw by the closed form of this checkpoint's samples instead of training
     n: int = 64  # how many images --sample draws
     npz: bool = False  # --sample also writes them as ADM's evaluation format
     few_steps: int = 8000  # first, a run in <out>/few on few samples, see FEW; 0: none
@@ -87,11 +87,13 @@ class Config:
                              f"{self.sigma_max} and {self.sigma_min}")
         if self.copies and (self.data != "simplex" or not 0 < self.copies < CLUSTERS):
             raise ValueError(f"copies needs --data simplex and 0 to {CLUSTERS - 1} clusters")
+        if self.separated and self.samples > 10_000:
+            raise ValueError(f"separated picks at most 10000 samples, got {self.samples}")
         if self.data == "simplex" and self.image_size < 5:
             raise ValueError("simplex needs image_size 5, for its directions")
 
 CLUSTERS = 4  # of simplex
-FEW = dict(  # the memorising network, published settings; p and sigma are shared
+FEW = dict(  # the memorising network, published settings but for the batch: all, in copies
     few_steps=0, samples=5, separated=True, optimizer="rmsprop", lr=1e-3, weight_decay=1e-2)
 PUBLISHED = dict(few_steps=50_000, steps=50_000, lr=1e-4, log_every=500, save_every=5000,
                  sample_every=10_000, loss="code")
@@ -292,8 +294,8 @@ def signed_weights(U, s, sigma, lam):
 
 def f_emp(y, x, sigma):
     """The optimum without constraints, E[x | y] of the training samples (n, d): like y (m, d)."""
-    share = (-torch.cdist(y, x).square() / (2 * sigma**2)).softmax(1)  # (m, n)
-    return share @ x
+    near = torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # exact
+    return (-near / (2 * sigma**2)).softmax(1) @ x
 
 def spikiness(h):
     """How few units carry a code h (n, p) >= 0: dict of (n,), each larger for spikier codes.
@@ -319,19 +321,19 @@ def noise_levels(count, sigma_max, sigma_min):
 
 @torch.no_grad()
 def sample_ddim(weights, noise, levels, concept=None, a=0.0, generator=None):
-    """Euler steps of the probability flow: x <- f + (s' / s) (x - f), f at the last. Like noise.
+    """Euler steps of the flow: x <- f + (sigma' / sigma) (x - f), f at the last. Like noise.
 
     weights  function of sigma: W (d, p)     noise (n, d) of variance 1; levels descending
     concept  samples (m, d): f = W (h + a v), v the mean of their codes at the same level (Eq. 11)
     """
     x = levels[0] * noise
-    for s, s_next in zip(levels, [*levels[1:], 0.0]):
-        W, shift = weights(s), 0.0
+    for sigma, sigma_next in zip(levels, [*levels[1:], 0.0]):
+        W, shift = weights(sigma), 0.0
         if a:
             e = torch.randn(concept.shape, generator=generator).to(concept)
-            shift = a * encode(W, concept + s * e).mean(0)  # a v
+            shift = a * encode(W, concept + sigma * e).mean(0)  # a v
         x_hat = denoise(W, x, shift)
-        x = x_hat + s_next / s * (x - x_hat)
+        x = x_hat + sigma_next / sigma * (x - x_hat)
     return x
 
 # ---- train -----------------------------------------------------------------------------
@@ -419,7 +421,7 @@ def draw(networks, path):
             show(rows[2, 0], data.concept.mean(0), "concept")
             for ax, a in zip(rows[2, 1:5], STEER):
                 x = sample_ddim(weights, noise[:1], levels, data.concept, a, g)
-                show(ax, x[0], f"steered, a = {a}" if a else "sample")
+                show(ax, x[0], f"steered, a = {a}" if a else "closed form: sample")
             for ax, x in zip(rows[2, 5:], sample_ddim(weights, noise[1:], levels)):
                 show(ax, x, "another sample")
             sets = data.x[torch.arange(500) % len(data.x)], data.test[:500]
@@ -444,7 +446,7 @@ def train(cfg, pool=None):
         if cfg.fresh and RANK == 0:
             Path(cfg.out, "last.pt").unlink(missing_ok=True)
         few = dataclasses.replace(cfg, out=f"{cfg.out}/few", steps=cfg.few_steps,
-                                  batch_size=FEW["samples"] * WORLD, **FEW)
+                                  **FEW)
         networks = train(few, pool)
     data = choose(pool, cfg)
     stats, lam = statistics(data, cfg), effective_lambda(len(model.W), cfg.weight_decay)

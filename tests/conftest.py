@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -52,6 +54,8 @@ def same_when_interrupted(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Stop):
             patch.setattr(script, "log", stop)
             script.main(flags + ["--out", "parts"])
+        saved = [load_checkpoint(path)["step"] for path in Path("parts").rglob("last.pt")]
+        assert set(saved) == {2}  # else there is nothing to continue
         script.main(flags + ["--out", "parts"])
         one, two = (load_checkpoint(f"{out}/last.pt") for out in ("whole", "parts"))
         for part in parts:

@@ -15,7 +15,7 @@ from common import load_checkpoint, shapes
 
 SMALL = ["--device", "cpu", "--precision", "fp32", "--compile", "off", "--batch-size", "32"]
 SMALL += ["--steps", "6", "--image-size", "8", "--dim", "16", "--blocks", "1"]
-SMALL += ["--layer", "decoder.0", "--sigmas", "0.01,0.1,1", "--probe-images", "150", "--shots", "5"]
+SMALL += ["--layer", "decoder.0", "--sigmas", "0.01,0.1,1", "--probe-images", "200", "--shots", "5"]
 SMALL += ["--draws", "2", "--log-every", "1", "--sample-every", "6"]
 
 SIGMAS = (0.008, 0.023, 0.06, 0.14, 0.296, 0.585, 1.088, 1.923)
@@ -430,10 +430,36 @@ def test_probe_of_symmetric_classes_needs_absolute_values():
 
 def test_few_shot_draws_that_many_of_each_class():
     y = torch.arange(1000) % 10
-    index = script.few_shot(y, 10, 7, 0)
-    assert y[index].bincount().tolist() == [7] * 10 and len(index.unique()) == 70
-    assert torch.equal(index, script.few_shot(y, 10, 7, 0))
-    assert not torch.equal(index, script.few_shot(y, 10, 7, 1))
+    sets = script.few_shot(y, 10, 7, 3)
+    assert all(y[index].bincount().tolist() == [7] * 10 for index in sets)
+    assert sets.shape == (3, 70) and len(sets.unique()) == 210  # none twice
+    assert torch.equal(sets, script.few_shot(y, 10, 7, 3))
+
+
+def test_probes_of_random_labels_stay_at_chance():
+    cfg, cpu = config("--shots", "25", "--draws", "2"), torch.device("cpu")
+    net, (images, _) = script.build(cfg), shapes(1000, 8, 3)
+    y = torch.cat([torch.randperm(500) % 10 for _ in range(2)])  # a leak would be learned
+    got = script.curve(net, images, y, 10, True, cfg, cpu)
+    assert got["accuracy"].mean() < 0.16 and got["subspace"].mean() < 0.16
+
+
+def test_measurements_keep_clean_and_noisy_copies_and_others_apart():
+    cfg, cpu = config("--subset", "64"), torch.device("cpu")
+    data, held_out = script.load_data(cfg, cpu)
+    net = script.build(cfg)
+    nn.init.normal_(net.conv_out.weight, std=0.1)
+    for samples, share in ((data.images[:8], 1.0), (held_out[0][:8], 0.0)):
+        got = script.measure_curves(net, data, held_out, samples, cfg, cpu, "m")
+        assert got["memorised"] == share
+    kept = json.loads(Path("m_probe.json").read_text())
+    for kind in ("clean", "noisy"):
+        want = script.curve(net, *held_out, 10, kind == "noisy", cfg, cpu)
+        assert kept[kind]["accuracy"] == want["accuracy"].tolist()
+    assert kept["clean"]["accuracy"] != kept["noisy"]["accuracy"]
+    every, _ = script.take(data, cfg, cpu, 64)
+    for name, images in (("train", every), ("held_out", held_out[0])):
+        assert got[name] == script.fixed_noise_loss(net, images, cfg, cpu)
 
 
 def test_class_subspaces_are_the_leading_directions_of_each_class():
@@ -505,12 +531,12 @@ def test_held_out_loss_has_one_noise_for_all_images_and_repeats_a_small_set():
     net, cfg, cpu = small_net(), config(), torch.device("cpu")
     images, _ = shapes(64, 8, seed=3)
     with torch.no_grad():
-        one = script.held_out_loss(net, images, cfg, cpu)
+        one = script.fixed_noise_loss(net, images, cfg, cpu)
         torch.manual_seed(99)
-        assert script.held_out_loss(net, images, cfg, cpu) == one
+        assert script.fixed_noise_loss(net, images, cfg, cpu) == one
         many = images[torch.arange(2000) % 64]
-        assert script.held_out_loss(net, many, cfg, cpu) == pytest.approx(one)
-        assert script.held_out_loss(net, images.flip(0), cfg, cpu) != one
+        assert script.fixed_noise_loss(net, many, cfg, cpu) == pytest.approx(one)
+        assert script.fixed_noise_loss(net, images.flip(0), cfg, cpu) != one
 
 
 def test_subset_is_random_balanced_by_chance_and_the_probe_s_images_are_held_out():
@@ -524,7 +550,7 @@ def test_subset_is_random_balanced_by_chance_and_the_probe_s_images_are_held_out
     other, _ = script.load_data(config("--subset", "64", "--seed", "1"), cpu)
     assert not torch.equal(data.images, other.images)
     inside = {x.numpy().tobytes() for x in held}
-    assert len(images) == 288 == len(y) and all(x.numpy().tobytes() in inside for x in images)
+    assert len(images) == 384 == len(y) and all(x.numpy().tobytes() in inside for x in images)
     repeated, _ = script.take(data, config("--subset", "64"), cpu, 200)
     assert len(repeated) == 64  # each once: whole batches of an epoch
 
@@ -550,12 +576,17 @@ def test_run_leaves_curves_pictures_and_numbers(capsys, refuses):
     script.main(["--sample", "run/last.pt", "--n", "3", "--npz", "--out", "s", "--layer", "middle"])
     assert Image.open("s/sample.png").size == (8 * 66, 66) and Path("s/sample.npz").exists()
     assert Path("s/sample_probe.png").exists() and "memorised" in capsys.readouterr().out
+    line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    script.main(["--sample", "run/last.pt", "--n", "3", "--seed", "5", "--out", "s"])
+    words = capsys.readouterr().out.split()
+    train = float(words[words.index("train") + 1])  # still of the images that it was trained on
+    assert train == pytest.approx(line["train"], rel=1e-3)
     refuses(lambda: script.main(["--sample", "run/last.pt", "--dim", "32"]), "dim")
     refuses(lambda: script.main(["--sample", "run/none.pt"]), "none.pt")
 
 
 def test_interrupted_run_equals_a_whole_one(same_when_interrupted):
-    flags = SMALL + ["--save-every", "3", "--subset", "64"]
+    flags = SMALL + ["--save-every", "2", "--subset", "64"]
     same_when_interrupted(script, flags, ["model", "ema"])
     ema, model = (load_checkpoint("whole/last.pt")[k] for k in ("ema", "model"))
     assert any(not torch.equal(ema[k], model[k]) for k in model)
@@ -575,7 +606,7 @@ def test_interrupted_run_equals_a_whole_one(same_when_interrupted):
         (["--subset", "8"], ["subset 8", "one batch"]),
         (["--subset", "60000"], ["--subset 60000", "50000"]),
         (["--shots", "0"], ["shots", "at least 1"]),
-        (["--shots", "50"], ["--shots 50", "held-out"]),
+        (["--shots", "50"], ["shots 50", "held-out"]),
         (["--draws", "1"], ["draws", "at least 2"]),
         (["--lr", "0"], ["lr"]),
         (["--ema-decay", "1"], ["ema_decay"]),

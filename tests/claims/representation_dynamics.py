@@ -26,7 +26,7 @@ memorised  The closed-form memorising denoiser of N points, SNR on other points 
            grows with N over 60, 600, 6000 and the exact denoiser, and is below 1.1 at N = 60.
 images     Fig. 6: unimodality goes with generalisation, and is lost as the network memorises a
            small set. One network, equal images seen, N training images. Agrees if at every seed the
-           curve of all images is unimodal, that of the smallest N is not, or peaks at a smaller
+           curve of all images is unimodal, that of the smallest N falls or peaks at a smaller
            level; its memorised share is above 0.5, that of all below 0.05; and held-out loss minus
            training loss falls with N.
 sharing    Fig. 13: one network for all levels has better and smoother features than one for each.
@@ -35,7 +35,8 @@ sharing    Fig. 13: one network for all levels has better and smoother features 
            total; networks that each get as many steps are shown.
 ensemble   Tab. 1-2: averaging the logits of five probes at neighbouring levels helps, most with
            wrong labels (EDM 67.2 -> 72.0, with 80 % wrong 40.1 -> 48.2). Agrees if it helps on
-           average at 0, 40 and 80 % and more at 80 than at 0. Network: images, on all of them.
+           average at 0, 40 and 80 % and more at 80 than at 0. Network: images, on all of them,
+           seed 0; the seeds here are of the wrong labels.
 
 snr_<sigma>, acc_<sigma>  one level (0_14: 0.14)    peak, at  maximum and its level (parabola)
 memorised                 share of 128 samples whose nearest training image is 3 times as near as
@@ -208,7 +209,7 @@ def relaxed_arm(name, seed, folder, count=10_000):
 def probe_curve(features, y, shots, sigmas, draws=10):
     """Accuracy (draws, levels) of probes on features[level] (n, D): one half fits, one tests."""
     half, K = len(y) // 2, int(y.max()) + 1
-    sets = [script.few_shot(y[:half], K, shots, seed) for seed in range(draws)]
+    sets = script.few_shot(y[:half], K, shots, draws)
     rows = [[(script.logistic_probe(f[i], y[i], f[half:], K).argmax(1) == y[half:]).double().mean()
              for f in features] for i in sets]
     return torch.tensor(rows)
@@ -217,7 +218,7 @@ def probe_curve(features, y, shots, sigmas, draws=10):
 def probe_arm(clean, shots, seed, folder):
     """Probes on |h| of the exact denoiser: curve, its peak and unimodality."""
     truth = fixed(100, 5, 10, 0.3, seed)
-    x0, y, eps = pairs(truth, 4000, seed)
+    x0, y, eps = pairs(truth, 4000 if shots < 50 else 8000, seed)
     sigma = lambda s: x0.new_full((len(x0),), s)
     features = [truth.features(x0 if clean else x0 + s * eps, sigma(s))[0].abs() for s in PROBE]
     curve = probe_curve(features, y, shots, PROBE, 10 if shots < 50 else 2)
@@ -350,7 +351,7 @@ def run(report):
             name = f"N {N or 'all'}"
             arm(report, "images", name, seed, part(image_arm, report, N, seed))
     for seed in SEEDS:
-        for wrong in (0.0, 0.4, 0.8):
+        for wrong in (0.0, 0.4, 0.8) if seed == 0 else (0.4, 0.8):
             name = f"{wrong:.0%} wrong labels"
             arm(report, "ensemble", name, seed, part(ensemble_arm, report, wrong, seed))
 
@@ -385,10 +386,9 @@ def judge_claims(report):
              verdict(ok))
     names = [f"N {N or 'all'}" for N in SUBSETS[report["args"].preset]]
     few, many = names[0], names[-1]
-    pairs = zip(get("images", few, "unimodal"), get("images", few, "level"),
-                get("images", many, "level"))
+    both = zip(get("images", few, "level"), get("images", many, "level"))
     ok = {"all images unimodal": min(get("images", many, "unimodal")) == 1,
-          "few not, or left": all(u == 0 or a < b for u, a, b in pairs),
+          "few fall, or left": all(a < b for a, b in both),
           "few memorised": min(get("images", few, "memorised")) > 0.5,
           "all not memorised": max(get("images", many, "memorised")) < 0.05}
     gaps = [get("images", name, "gap") for name in names]
