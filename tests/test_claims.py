@@ -136,3 +136,11 @@ def test_spiral_lies_in_the_plane_and_v_error_is_the_squared_norm():
 def test_total_variation_of_a_ramp():
     ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(2, 3, 8, 8) * 0.1
     assert claim.total_variation(ramp).item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_exact_minimiser_without_stop_gradient_has_the_width_that_theory_gives():
+    from tests.claims.consistency_training import exact_minimiser
+
+    assert exact_minimiser("ct", 151)["std_ratio"] == pytest.approx(0.302, abs=1e-3)
+    assert exact_minimiser("ct", 151, D=1)["std_ratio"] == pytest.approx(0.302, abs=1e-3)
+    assert exact_minimiser("ict", 161)["std_ratio"] == pytest.approx(0.669, abs=2e-3)

@@ -11,7 +11,8 @@ ring      CIFAR-10 FID in 1 and 2 steps: CT 8.70, 5.83 (arXiv:2303.01469); iCT 2
           than each CT arm, and iCT than iCT with an EMA target.
 shrink    Not in a paper: without stop-gradient samples shrink; for 1-D Gaussian data to 2 / pi =
           0.637 of their width with iCT's weight and 0.302 with CT's (tests/). Agrees if the std
-          ratios of the ring are within 0.05 of 0.64 and 0.30.
+          ratios of the ring are within 0.05 of 0.64 and 0.30. Beside it: the exact minimiser on
+          two-dimensional Gaussian data, with each method's own law, weight and distance.
 images    The same on images (cpu: three kinds of shapes), equal images seen; CT in the form that
           a short run favours, without EMA, s1 = 18. Agrees if fd_2 < fd_1 for iCT and ECT, fd_1 of
           iCT is at most 0.7 times that of CT, and the std ratio without stop-gradient below 0.75.
@@ -22,7 +23,8 @@ features  A blog's claim that no paper tests: consistency training learns a repr
           three kinds of shapes gave 0.998 and 0.999).
 
 sw_1, sw_2  sliced Wasserstein-2 distance of 1- and 2-step samples (tau = 0.8) to data
-std_ratio   standard deviation of 1-step samples over that of the data
+std_ratio   standard deviation of 1-step samples over that of the data; std_ratio_17.5: of f(x_t, t)
+            at t = 17.5; training sees larger t in 2 % of iCT's pairs
 near        share of 1-step samples within three standard deviations of a mode
 sce         root mean square distance of f(x_t, t) to the end of the exact probability-flow ODE, at
             t = 80, 17.5, 2.5 and 0.17
@@ -151,8 +153,39 @@ def train_ring(seed, start=0.0, **settings):
         with torch.no_grad():
             end = script.consistency(ema, x[:, :, None, None], level)[:, :, 0, 0]
         gap = end - ring_endpoint(x.double(), t)
+        if t == 17.5:
+            result["std_ratio_17.5"] = (end.std(0).mean() / data.std(0).mean()).item()
         result[f"sce_{t:g}"] = gap.square().sum(1).mean().sqrt().item()
     return result, one
+
+
+def exact_minimiser(method, N, s=0.5, D=2):
+    """Without stop-gradient, f = a(t) x_t on Gaussian data N(0, s^2 I_D): the a on the grid that
+    minimises the loss exactly, as the std ratio of f(x_t, t) at t = 17.5 and 80.
+
+    Both branches of a pair differ by (a' - a) x + (a' t' - a t) z, of variance v a coordinate.
+    v is quadratic in a: one tridiagonal system for CT's squared distance; for iCT's pseudo-Huber
+    one per round of reweighting by k = d distance / d v. E over the square radius r2 of D normals.
+    """
+    t = script.karras_grid(N)
+    i = torch.arange(N - 1)
+    hi, lo = t[i + 1], t[i]
+    mass = torch.erf((t.log() + 1.1) / 8**0.5).diff() / (hi - lo)  # law times weight (iCT)
+    w, k = (mass if method == "ict" else torch.ones_like(hi)), torch.ones_like(hi)
+    g = torch.Generator().manual_seed(0)
+    r2 = torch.randn(20_480, D, generator=g, dtype=torch.float64).square().sum(1).sort().values
+    r2, c = r2.view(64, -1).mean(1), 0.00054 * D**0.5
+    for _ in range(30 if method == "ict" else 1):
+        A = torch.zeros(N, N, dtype=torch.float64)
+        A[i + 1, i + 1] += w * k * (s**2 + hi**2)
+        A[i, i] += w * k * (s**2 + lo**2)
+        A[i, i + 1] = A[i + 1, i] = -w * k * (s**2 + hi * lo)
+        a = torch.cat([t.new_ones(1), torch.linalg.solve(A[1:, 1:], -A[1:, 0])])  # a(t_min) = 1
+        v = (a.diff() * s) ** 2 + (a * t).diff() ** 2
+        k = (r2 / (2 * (v[:, None] * r2 + c**2).sqrt())).mean(1)
+    ratio = a * (t**2 + s**2).sqrt() / s
+    return {"std_ratio_17.5": ratio[(t - 17.5).abs().argmin()].item(),
+            "std_ratio": ratio[-1].item()}
 
 
 def run_ring(report, pool):
@@ -172,6 +205,9 @@ def run_ring(report, pool):
 
     for job in jobs:
         arm(report, "ring", *job, functools.partial(measure, job))
+    for method, N in (("ict", 1281), ("ct", 151)):
+        arm(report, "shrink", f"exact minimiser, {method}", 0,
+            lambda folder, how=(method, N): exact_minimiser(*how))
     arm(report, "ring", "data against data", 0, floor)
 
 
