@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n?(?:sh|bash)?\n(.*?)```", README, re.S)
-KEY = r"<!-- (\w+)_(cpu|gpu); ([^;>]+); ([^;>]+); (\w+) -->"
+KEY = r"<!-- (\w+)_(cpu|gpu); ([^;>]+); ([^;>]+); ([\w.]+) -->"
 RESULTS = [p for p in sorted((ROOT / "results").glob("*_?pu.json")) if "benchmark" not in p.name]
 CELLS = re.findall(KEY + r"([\d.]+(?: ± [\d.]+)?|not measured)", README)
 

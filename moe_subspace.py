@@ -1,0 +1,500 @@
+"""A mixture of subspaces: the exact score is a gated mixture of experts, each a softmax network.
+
+Paper     Yang, Li, Jiang, Chen, Li. Multi-Subspace Multi-Modal Modeling for Diffusion Models:
+          Estimation, Convergence and Mixture of Experts. arXiv:2601.01475v1
+Here      data model, exact score MoLRMoG; Eq. 3, the network, MoGExperts (MoLRG: gauss); encoder,
+          gate, decoder MoESubspaceDenoiser; Fig. 5 ExpertVAEs and --unified, one for all
+Changed   means are lifted, A mu, the covariance is A U U^T A^T (the printed ambient formula mixes d
+          and D); each residual goes with its own mean (two are swapped in print); s^2 / (s^2 +
+          gamma^2) U U^T becomes C^-1, right for any U; covariances tau^2 I + V lam V^T, V^T V = I,
+          need no solve, and rank 0 is the two-layer softmax network; noise eta off the subspaces;
+          EM, then the denoising loss: how the paper trains, its sizes and levels are not known
+Left out  ImageNet with a large VAE fine-tuned to one class, LoRA a cluster; the bounds
+Notation  x0  data, (B, D)                   x      s x0 + gamma e, noisy; images: s = 1
+          A   bases of K subspaces, D x d_k  z      A^T x or a VAE's code, (B, K, d)
+          mu  means of m modes, (K, m, d)    g2     gamma^2 + s^2 eta^2, noise beside A z
+          C   s^2 Sigma + g2 I, Sigma of z0  *_hat  posterior mean
+          k   expert, G its gate's logit     sigma  gamma / s: falls from noise to data
+Run       python moe_subspace.py                                        # not measured
+          python moe_subspace.py --projection linear --sampler gated    # not measured
+          python moe_subspace.py --preset cifar10 | paper               # not measured
+"""
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (RANK, WORLD, autocast, due, ema_update, fail, gather, load_checkpoint,
+                    load_images, log, mix, parallel, parse_config, save_grid, save_npz, setup,
+                    shares, steps, to_uint8)
+
+# ---- config ----------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: str = ""  # cifar10 | paper; a flag beats its preset
+    out: str = ""  # run folder; empty: runs/moe_subspace or runs/moe_subspace-<preset>
+    fresh: bool = False  # start over instead of continuing the run in the folder
+    seed: int = 0  # of weights, data order, clusters and noise
+    device: str = "auto"  # auto | cuda | mps | cpu
+    precision: str = "auto"  # auto | bf16 | fp32: of the VAEs; densities stay in float32
+    compile: str = "auto"  # auto | on | off: of the VAEs; takes half a minute
+    data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
+    image_size: int = 16  # side S in pixels; larger images are cropped and resized
+    skip_bad: bool = False  # leave out images that cannot be read
+    batch_size: int = 320  # images per step, summed over all GPUs, as many of every expert
+    steps: int = 2000  # optimizer steps of the last stage
+    lr: float = 3e-3  # Adam, of the score networks, cosine to 0
+    ema_decay: float = 0.99  # of the weights that are sampled, in both stages
+    log_every: int = 100  # steps between two lines in metrics.jsonl
+    save_every: int = 1000  # steps between two checkpoints
+    sample_every: int = 1000  # steps between two sample grids
+    sample: str = ""  # draw from this checkpoint instead of training
+    n: int = 80  # how many images --sample draws
+    npz: bool = False  # --sample also writes them as ADM's evaluation format
+    projection: str = "vae"  # vae | linear: encoder and decoder (as in experiments, in theory)
+    clusters: int = 0  # experts for clusters that K-subspaces finds; 0: one expert a class
+    unified: bool = False  # one VAE for all experts, the control of Fig. 5
+    latent_dim: int = 16  # d
+    vae_steps: int = 2000  # optimizer steps of the first stage
+    vae_lr: float = 2e-3  # Adam, of the VAEs, cosine to 0
+    vae_channels: int = 32  # of the hidden feature maps of one VAE; half as many at full size
+    kl: float = 2e-3  # weight of the KL term; 2 sd^2 is the ELBO of pixels with noise sd
+    vae_dir: str = ""  # folder of the first stage, which runs may share; empty: <out>/vae
+    expert: str = "mog"  # mog | gauss | mlp: latent score; gauss is MoLRG, mlp has no density
+    modes: int = 8  # n_k (paper: 4, 8 and 40)
+    rank: int = 4  # of a mode's covariance beside tau^2 I; 0: two-layer softmax network
+    width: int = 64  # of the two hidden layers of mlp
+    gate: str = "soft"  # soft | label | top1: of linear experts, in training and sampling
+    learn_subspaces: bool = False  # train linear bases, too, QR retraction; wants lr / 10
+    sampler: str = "expert"  # expert | gated: choose k, then its latent ODE; or ambient ODE, linear
+    sampling_steps: int = 40  # noise levels of the sampler, geometric
+    sigma_max: float = 10.0  # largest noise level; latents, or all pixels, have mean square 1
+    sigma_min: float = 0.02  # smallest one
+    def __post_init__(self):
+        linear, S, d = self.projection == "linear", self.image_size, self.latent_dim
+        counts = d, self.vae_steps, self.vae_channels, self.modes, self.width
+        for ok, message in (
+                (min(counts) > 0, "latent_dim, vae_steps, vae_channels, modes, width: at least 1"),
+                (min(self.lr, self.vae_lr, self.kl) >= 0, "lr, vae_lr, kl: not negative"),
+                (self.clusters >= 0 <= self.ema_decay < 1, "clusters >= 0, 0 <= ema_decay < 1"),
+                (0 < self.sigma_min < self.sigma_max < math.inf and self.sampling_steps > 1,
+                 "need sigma_max > sigma_min > 0 and sampling_steps > 1"),
+                (0 <= self.rank <= d < 3 * S**2, f"need 0 <= rank <= latent_dim < {3 * S**2}"),
+                (S % 4 == self.vae_channels % 2 == 0, "image_size: divisible by 4, channels: by 2"),
+                (linear or (self.sampler == "expert" and not self.learn_subspaces),
+                 "sampler gated and learn_subspaces need projection linear"),
+                (not linear or not self.unified, "unified, one VAE, needs projection vae"),
+                (not linear or self.expert != "mlp" or self.gate == "label",
+                 "expert mlp has no density for a gate: it needs gate label")):
+            if not ok:
+                raise ValueError(message)
+
+PRESETS = {
+    "cifar10": dict(data="torch/cifar10", image_size=32, batch_size=1280, steps=5000, rank=16,
+                    latent_dim=64, vae_steps=20_000, vae_channels=128),
+    "paper": dict(  # as far as it is known: ten VAEs, one a digit, n_k = 4
+        data="torch/mnist", image_size=32, batch_size=1280, steps=5000, vae_steps=10_000, modes=4)}
+SAMPLING = ("sampler", "sampling_steps", "sigma_max", "sigma_min")
+VAE_FIELDS = """seed device precision compile data image_size skip_bad batch_size ema_decay
+log_every save_every sample_every clusters unified latent_dim vae_lr vae_channels kl"""
+
+# ---- data ------------------------------------------------------------------------------
+
+def uncentred_svd(x, d):
+    """Basis of the d-dimensional subspace through 0 nearest to the rows of x (n, D): (D, d)."""
+    return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :d]
+
+def k_subspaces(x, K, d, restarts=10, iterations=30):
+    """Assign rows of x (n, D) to the subspace of the longest projection, refit, repeat: (K, D, d);
+    of the restarts that with the smallest residual. Too small a cluster keeps its basis."""
+    found, u = [], F.normalize(x)
+    for _ in range(restarts):
+        start = u[torch.randint(len(x), (K,), device=x.device)]  # and who is nearest in angle
+        A = torch.stack([uncentred_svd(x[i], d) for i in (start @ u.T).abs().topk(2 * d).indices])
+        for _ in range(iterations):
+            near = (x @ A).square().sum(-1).argmax(0)  # of (K, n)
+            A = torch.stack([uncentred_svd(x[near == k], d) if (near == k).sum() >= d else A[k]
+                             for k in range(K)])
+        found.append(((x @ A).square().sum(-1).amax(0).sum(), A))
+    return max(found, key=lambda pair: pair[0])[1]
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+def load_experts(cfg, device):
+    """Training images by expert, uint8 (N, K, 3, S, S), the first counts (K,), the rest repeats;
+    mean (D,) and scale: (x - mean) / scale has mean square 1. One mean, as subspaces contain 0."""
+    data = load_images(cfg, device, "train")
+    if data.images is None:
+        fail(f"--data {cfg.data}: experts need images by index, but this set is streamed")
+    some = to_float(data.images[::math.ceil(data.size / 10_000)]).flatten(1)
+    labels, K, mean, some = data.labels, data.classes, some.mean(0), some - some.mean(0)
+    if cfg.clusters:
+        torch.manual_seed(mix(cfg.seed, 1))  # on all ranks
+        K, P = cfg.clusters, uncentred_svd(some, min(4 * cfg.latent_dim, len(mean)))  # for speed
+        A = P @ k_subspaces(some @ P, K, cfg.latent_dim)  # (K, D, d)
+        labels = torch.cat([((to_float(x).flatten(1) - mean) @ A).square().sum(-1).argmax(0)
+                            for x in data.images.split(5000)])
+    index = [(labels == k).nonzero()[:, 0] for k in range(K)]
+    counts = torch.tensor([len(i) for i in index], device=device)
+    if counts.min() == 0 or cfg.batch_size < K * WORLD:
+        fail(f"{K} experts: one has no image, or --batch-size is below {K * WORLD}")
+    rows = torch.arange(counts.max(), device=device)
+    images = torch.stack([data.images[i[rows % len(i)]] for i in index], 1)
+    return images, counts, mean, some.square().mean().sqrt()
+
+def expert_batch(x, counts, cfg):
+    """This rank's part of a batch of x (N, K, ...), as many of every expert: (n, K, ...)."""
+    size = cfg.batch_size // (len(counts) * WORLD), len(counts)
+    rows = (torch.rand(size, device=x.device) * counts).long()
+    return x[rows, torch.arange(len(counts), device=x.device)]
+
+# ---- model -----------------------------------------------------------------------------
+
+def column(v, like, ndim):
+    """A float or (B,) as (1 or B, 1, ...) with ndim dimensions, of like's kind."""
+    return torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (ndim - 1))
+
+class MoGExperts(nn.Module):
+    """Posterior means of K latent mixtures of m Gaussians with covariances tau^2 I + V lam V^T.
+    Without V and with one tau an expert: linear, softmax, linear, and a scaled skip; the logits are
+    (s / v) mu^T z - s^2 |mu|^2 / 2 v + log pi, v = s^2 tau^2 + g2. MoLRG: zero_mean, m = 1, linear.
+    dims  d_k of the experts; a smaller one is padded to d = max(dims) with zeros"""
+    def __init__(self, dims, m, rank=0, zero_mean=False):
+        super().__init__()
+        K, d = len(dims), max(dims)
+        self.register_buffer("dims", torch.tensor(dims, dtype=torch.get_default_dtype()))
+        self.mu = nn.Parameter(torch.zeros(K, m, d), requires_grad=not zero_mean)
+        self.log_tau2 = nn.Parameter(torch.zeros(K, m))
+        self.logit_pi = nn.Parameter(torch.zeros(K, m))
+        self.V = nn.Parameter(torch.eye(d, rank).repeat(K, m, 1, 1))  # orthonormal columns
+        self.log_lam = nn.Parameter(torch.zeros(K, m, rank))
+    def modes(self, z, s, g2):
+        """log pi + log N(z; s mu, C) of each mode, (B, K, m), and E[z0 | z, mode], (B, K, m, d)."""
+        s, g2, tau2 = column(s, z, 3), column(g2, z, 3), self.log_tau2.exp()
+        u, v = z[:, :, None] - s[..., None] * self.mu, s**2 * tau2 + g2  # v: variance off V
+        shrink = (s * tau2 / v)[..., None]
+        log_q = (self.logit_pi.log_softmax(1) - u.square().sum(-1) / (2 * v)
+                 - self.dims[:, None] / 2 * (2 * math.pi * v).log())
+        a = torch.einsum("bkmd,kmdr->bkmr", u, self.V)
+        s, v, lam = s[..., None], v[..., None], self.log_lam.exp()
+        w = v + s**2 * lam  # variance along V
+        log_q = log_q + (a.square() * (1 / v - 1 / w) - (w / v).log()).sum(-1) / 2
+        gain = s * (tau2[..., None] + lam) / w - shrink
+        z_hat = self.mu + shrink * u + torch.einsum("bkmr,kmdr->bkmd", gain * a, self.V)
+        return log_q, z_hat
+    def forward(self, z, s, g2):  # (B, K, d), float or (B,) -> z_hat (B, K, d), log p (B, K)
+        log_q, z_hat = self.modes(z, s, g2)  # Eq. 3, as a posterior mean
+        return (log_q.softmax(2)[..., None] * z_hat).sum(2), log_q.logsumexp(2)
+
+class MLPExperts(nn.Module):
+    """K MLPs of two hidden layers in EDM's form, for latents of mean square 1; no density."""
+    def __init__(self, dims, width):
+        super().__init__()
+        sizes, K = (max(dims) + 1, width, width, max(dims)), len(dims)
+        a, b, c = (nn.Conv1d(K * i, K * j, 1, groups=K) for i, j in zip(sizes, sizes[1:]))
+        self.body = nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c)
+    def forward(self, z, s, g2):  # as MoGExperts, but None for log p
+        s, g2 = column(s, z, 3), column(g2, z, 3)
+        z, v = z / s, g2 / s**2
+        h = torch.cat([z / (1 + v).sqrt(), (v.log() / 8).expand(*z.shape[:2], 1)], -1)
+        h = self.body(h.flatten(1)[..., None]).view_as(z)
+        return z / (1 + v) + (v / (1 + v)).sqrt() * h, None
+
+class MoESubspaceDenoiser(nn.Module):
+    """E[x0 | x]: projections, latent experts, exact gate, lifts; no skip connection if eta = 0.
+    A        (K, D, d), orthonormal columns, those beyond d_k zero; trained only if learn
+    weights  (K,), share of each subspace    eta  standard deviation of x0 off its subspace
+    gate     soft: posterior | top1: the most likely | label: given"""
+    def __init__(self, A, experts, weights, eta=0.0, gate="soft", learn=False):
+        super().__init__()
+        self.A, self.experts, self.gate = nn.Parameter(A, requires_grad=learn), experts, gate
+        self.logit_w = nn.Parameter(weights.log(), requires_grad=gate == "soft")
+        self.register_buffer("eta2", torch.tensor(eta**2, dtype=A.dtype, device=A.device))
+    def gate_logits(self, z, log_p, g2):
+        """G_k: latent density times the density of the noise that is orthogonal to A_k. (B, K)"""
+        return (self.logit_w.log_softmax(0) + log_p + z.square().sum(-1) / (2 * g2)
+                + self.experts.dims / 2 * (2 * math.pi * g2).log())
+    def forward(self, x, s, gamma, y=None):  # (B, D), float or (B,), (B,) -> x0_hat, G (B, K)
+        s, g2 = column(s, x, 2), column(gamma, x, 2)**2 + column(s, x, 2)**2 * self.eta2  # (B, 1)
+        z = torch.einsum("bn,knd->bkd", x, self.A)
+        z_hat, log_p = self.experts(z, s[:, 0], g2[:, 0])
+        G = None if log_p is None else self.gate_logits(z, log_p, g2)
+        k = y if self.gate == "label" else G.argmax(1)
+        g = G.softmax(1) if self.gate == "soft" else F.one_hot(k, z.shape[1]).to(z)
+        c = torch.einsum("bkd,knd->bn", g[..., None] * z_hat, self.A)  # E[A z | x]
+        return c + s * self.eta2 / g2 * (x - s * c), G
+
+class MoLRMoG(MoESubspaceDenoiser):
+    """Data sum_k w_k sum_l pi_kl N(A_k mu_kl, A_k U_kl U_kl^T A_k^T) + eta e: with these parameters
+    the network is exact.
+    weights  (K,), sums to 1    A   list of (D, d_k), orthonormal columns, at any angles
+    pi       list of (n_k,)     mu  list of (n_k, d_k)       U  list of (n_k, d_k, any rank)"""
+    def __init__(self, weights, A, pi, mu, U, eta=0.0):
+        dims = [basis.shape[1] for basis in A]
+        d, m = max(dims), max(len(p) for p in pi)
+        def padded(tensors, *shape):  # (K, *shape), zeros at the ends
+            return torch.stack([F.pad(v, [p for n, i in zip(shape[::-1], v.shape[::-1])
+                                          for p in (0, n - i)]) for v in tensors])
+        lam, V = torch.linalg.eigh(padded([u @ u.mT for u in U], m, d, d))
+        experts = MoGExperts(dims, m, d).to(A[0])
+        experts.load_state_dict({
+            "dims": experts.dims, "mu": padded(mu, m, d), "logit_pi": padded(pi, m).log(), "V": V,
+            "log_lam": lam.clamp(min=0).log(), "log_tau2": experts.log_tau2 - math.inf})
+        super().__init__(padded(A, *A[0].shape[:1], d), experts, weights, eta)
+        self.requires_grad_(False)
+    def sample(self, n, generator=None):
+        """x0 (n, D), its subspace k and mode l, int64 (n,)."""
+        e, like = self.experts, dict(generator=generator, dtype=self.A.dtype)
+        k = torch.multinomial(self.logit_w.softmax(0), n, True, generator=generator)
+        l = torch.multinomial(e.logit_pi[k].softmax(1), 1, generator=generator)[:, 0]
+        white = (e.log_lam[k, l] / 2).exp() * torch.randn(n, e.V.shape[-1], **like)
+        z = e.mu[k, l] + torch.einsum("nr,ndr->nd", white, e.V[k, l])
+        x0 = self.eta2.sqrt() * torch.randn(n, self.A.shape[1], **like)
+        for j, basis in enumerate(self.A):
+            x0[k == j] += z[k == j] @ basis.T
+        return x0, k, l
+    def log_prob(self, x, s, gamma):
+        """log p_t of x (B, D), s and gamma floats: (B,)."""
+        g2 = gamma**2 + s**2 * self.eta2
+        normal = x.square().sum(1) / g2 + x.shape[1] * (2 * math.pi * g2).log()
+        return self(x, s, gamma)[1].logsumexp(1) - normal / 2
+    def score(self, x, s, gamma):
+        """grad log p_t, like x (B, D), by Tweedie's formula; s and gamma > 0 floats."""
+        return (s * self(x, s, gamma)[0] - x) / gamma**2
+
+class ExpertVAEs(nn.Module):
+    """K convolutional VAEs side by side, each a group of channels; with K = 1 one for all."""
+    def __init__(self, K, size, channels, latent_dim):
+        super().__init__()
+        c, side, self.K = channels, size // 4, K
+        def conv(a, b, kernel, stride=1, padding=0):
+            return nn.Conv2d(K * a, K * b, kernel, stride, padding, groups=K)
+        self.encoder = nn.Sequential(
+            conv(3, c // 2, 4, 2, 1), nn.SiLU(), conv(c // 2, c, 4, 2, 1), nn.SiLU(),
+            conv(c, c, 3, 1, 1), nn.SiLU(), conv(c, 2 * latent_dim, side))
+        self.decoder = nn.Sequential(
+            conv(latent_dim, c * side**2, 1), nn.PixelShuffle(side), nn.SiLU(),
+            conv(c, c, 3, 1, 1), nn.SiLU(), conv(c, 2 * c, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(),
+            conv(c // 2, 12, 3, 1, 1), nn.PixelShuffle(2))
+    def encode(self, x):  # (B, experts, 3, S, S) -> mean and log variance, (B, experts, d)
+        h = self.encoder(x.reshape(-1, self.K * 3, *x.shape[3:]))
+        return h.reshape(*x.shape[:2], -1).float().chunk(2, -1)
+    def decode(self, z):  # (B, experts, d) -> (B, experts, 3, S, S)
+        x = self.decoder(z.reshape(-1, self.K * z.shape[2], 1, 1))
+        return x.reshape(*z.shape[:2], 3, *x.shape[2:]).float()
+    def forward(self, x):  # -> x_hat, mean, log variance
+        mean, log_var = self.encode(x)
+        return self.decode(mean + (log_var / 2).exp() * torch.randn_like(mean)), mean, log_var
+
+# ---- method ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def qr_retraction(A):
+    """Orthonormal columns again, in place: Q of A = Q R, R_ii > 0; zero columns at the end stay."""
+    Q, R = torch.linalg.qr(A)
+    A.copy_(Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :])
+
+@torch.no_grad()
+def fit_em(experts, z, counts, eta=0.0, iterations=40, restarts=5, floor=1e-5):
+    """k-means++ and EM on latents z (N, K, d), the first counts (K,) of each expert, which keeps
+    its best restart, in place. Covariances as in probabilistic PCA, less eta^2 I of known noise."""
+    m, rank, K = experts.mu.shape[1], experts.V.shape[-1], len(counts)
+    own, best = (torch.arange(len(z), device=z.device)[:, None] < counts).to(z), {}  # (N, K)
+    for _ in range(restarts if m > 1 else 1):
+        chance, centres = own, []
+        for _ in range(m):
+            index = torch.multinomial((chance + 1e-12 * own).T, 1)[:, 0]  # (K,)
+            centres.append(z[index, torch.arange(K, device=z.device)])
+            far = (z[:, :, None] - torch.stack(centres, 1)).square().sum(-1)  # (N, K, so far)
+            chance = far.amin(2) * own
+        r = F.one_hot(far.argmin(2), m).to(z)
+        for _ in range(iterations if m > 1 else 1):
+            r = r * own[..., None]
+            n = r.sum(0).clamp(min=1e-6)  # (K, m)
+            mu = torch.einsum("nkm,nkd->kmd", r, z) / n[..., None] * experts.mu.requires_grad
+            u = r[..., None].sqrt() * (z[:, :, None] - mu)  # (N, K, m, d)
+            S = torch.einsum("nkmd,nkme->kmde", u, u) / n[..., None, None]
+            lam, V = (v[..., z.shape[2] - rank:] for v in torch.linalg.eigh(S))
+            rest = S.diagonal(dim1=2, dim2=3).sum(-1) - lam.sum(-1)  # variances off V
+            tau2 = (rest / (experts.dims[:, None] - rank).clamp(min=1) - eta**2).clamp(min=floor)
+            lam = (lam - eta**2 - tau2[..., None]).clamp(min=floor)
+            now = dict(mu=mu, logit_pi=n.log(), log_tau2=tau2.log(), V=V, log_lam=lam.log())
+            experts.load_state_dict(now, strict=False)
+            log_q = experts.modes(z, 1.0, eta**2)[0]
+            r = log_q.softmax(2)
+        now["score"] = (log_q.logsumexp(2) * own).sum(0)  # (K,)
+        better = now["score"] > best.get("score", -math.inf)
+        best = {name: torch.where(column(better, better, w.ndim), w, best.get(name, w))
+                for name, w in now.items()}
+    experts.load_state_dict(best, strict=False)
+
+def vae_loss(net, x, kl):
+    """Squared error a pixel + kl KL(q(z | x) | N(0, I)) / D, x (B, experts, 3, S, S). Scalar."""
+    x_hat, mean, log_var = net(x)
+    KL = (mean.square() + log_var.exp() - 1 - log_var).sum(-1).mean() / 2
+    return (x_hat - x).square().mean() + kl * KL / x[0, 0].numel()
+
+def score_matching_loss(denoiser, x0, sigma_min, sigma_max):
+    """E (1 + 1 / sigma^2) (x0_hat - x0)^2, ln sigma uniform; x0 (B, ...) of mean square 1. Scalar.
+    Weight of EDM, since 1 / sigma^4, that of the score, is conditioned as (1 + 1 / sigma^2)^2."""
+    sigma = sigma_min * (sigma_max / sigma_min)**torch.rand(len(x0), device=x0.device)
+    wide = column(sigma, x0, x0.ndim)
+    x0_hat = denoiser(x0 + wide * torch.randn_like(x0), sigma)
+    return ((1 + 1 / wide**2) * (x0_hat - x0).square()).mean()
+
+@torch.no_grad()
+def heun_ode(denoiser, noise, levels):
+    """dx / dsigma = (x - x0_hat) / sigma by Heun steps between falling levels, then x0_hat at the
+    last. noise of variance 1 -> like noise; denoiser(x, sigma) -> x0_hat, sigma a float."""
+    x = levels[0] * noise
+    for a, b in zip(levels, levels[1:]):
+        slope = (x - denoiser(x, a)) / a
+        y = x + (b - a) * slope
+        x = x + (b - a) * (slope + (y - denoiser(y, b)) / b) / 2
+    return denoiser(x, levels[-1])
+
+# ---- train -----------------------------------------------------------------------------
+
+def build(cfg, K):
+    """Score network, and VAEs (linear: None), of this config, untrained."""
+    dims, d, gauss = [cfg.latent_dim] * K, cfg.latent_dim, cfg.expert == "gauss"
+    experts = (MLPExperts(dims, cfg.width) if cfg.expert == "mlp" else
+               MoGExperts(dims, 1 if gauss else cfg.modes, d if gauss else cfg.rank, gauss))
+    if cfg.projection == "vae":
+        return experts, ExpertVAEs(1 if cfg.unified else K, cfg.image_size, cfg.vae_channels, d)
+    A, w = torch.eye(3 * cfg.image_size**2, d).repeat(K, 1, 1), torch.full((K,), 1 / K)
+    return MoESubspaceDenoiser(A, experts, w, 0.0, cfg.gate, cfg.learn_subspaces), None
+
+def count_parameters(model, vae):
+    """Numbers in the score network, zero means of MoLRG not counted, and with the VAEs: a dict."""
+    own = sum(w.numel() for name, w in model.named_parameters()
+              if w.requires_grad or not name.endswith("mu"))
+    both = own + sum(w.numel() for w in vae.parameters()) if vae else own
+    return {"parameters": own, "with_vaes": both}
+
+def fit(cfg, model, lr, loss, picture, sizes=(), **extra):
+    """Train one stage by loss() of a batch; draw by picture(ema, path). Returns the EMA."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    opt = torch.optim.Adam(trained.values(), lr)
+    state = {"model": model, "ema": ema, "opt": opt, **extra}
+    for step in steps(cfg, state):
+        value = loss()
+        value.backward()
+        grad_norm = nn.utils.get_total_norm([w.grad for w in trained.values()])
+        opt.param_groups[0]["lr"] = rate = lr * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+        opt.step()
+        opt.zero_grad()
+        ema_update(ema, model, cfg.ema_decay, step)
+        for name in (name for name in trained if name.endswith(("A", "V"))):
+            qr_retraction(trained[name])
+            qr_retraction(ema.get_parameter(name))
+        log(cfg, state, step, loss=value, lr=rate, grad_norm=grad_norm, **dict(sizes))
+        if due(cfg, cfg.sample_every, step):
+            picture(ema, f"{cfg.out}/samples_{step + 1:07d}.png")
+    return ema
+
+@torch.no_grad()
+def draw(model, vae, frame, cfg, k, generator):
+    """Images (n, 3, S, S) by experts k (n,), and k; the gated sampler returns a k of its own."""
+    levels = torch.logspace(*map(math.log10, (cfg.sigma_max, cfg.sigma_min)), cfg.sampling_steps)
+    if cfg.sampler == "gated":
+        noise = torch.randn(len(k), model.A.shape[1], generator=generator).to(k.device)
+        x = heun_ode(lambda x, sigma: model(x, 1.0, sigma, k)[0], noise, levels)
+        k = k if cfg.gate == "label" else model(x, 1.0, cfg.sigma_min)[1].argmax(1)
+    else:
+        one_hot, experts = F.one_hot(k, len(frame["share"])), model if vae else model.experts
+        turn = one_hot.cumsum(0)[one_hot > 0] - 1  # (n,), among the images of its expert
+        shape = int(turn.max()) + 1, one_hot.shape[1], cfg.latent_dim
+        noise = torch.randn(shape, generator=generator).to(k.device)
+        z = heun_ode(lambda z, sigma: experts(z, 1.0, sigma**2)[0], noise, levels)
+        if vae:
+            return vae.decode(z * frame["scale"])[turn, k], k
+        x = torch.einsum("nd,nDd->nD", z[turn, k], model.A[k])
+    return (frame["mean"] + frame["scale"] * x).unflatten(1, (3, cfg.image_size, -1)), k
+
+def train_vaes(cfg, vae, images, counts, device):
+    """First stage, a run of its own in <out>/vae or --vae-dir: the EMA of the VAEs."""
+    cfg = Config(**{name: getattr(cfg, name) for name in VAE_FIELDS.split()}, steps=cfg.vae_steps,
+                 rank=0, out=cfg.vae_dir or f"{cfg.out}/vae", fresh=cfg.fresh and not cfg.vae_dir)
+    setup(cfg, "steps")
+    net, shown = parallel(vae, cfg, device), to_float(images[:4])
+    def loss():
+        with autocast(cfg, device):
+            return vae_loss(net, to_float(expert_batch(images, counts, cfg)), cfg.kl)
+    def picture(ema, path):  # a row an expert: four images, then their reconstructions
+        both = torch.cat([shown, ema.decode(ema.encode(shown)[0])])
+        save_grid(both.transpose(0, 1).flatten(0, 1), path, columns=2 * len(shown))
+    return fit(cfg, vae, cfg.vae_lr, loss, picture)
+
+def train(cfg):
+    device = setup(cfg, "steps")  # the cosine depends on it
+    if cfg.fresh and RANK == 0:
+        Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
+    images, counts, mean, scale = load_experts(cfg, device)
+    model, vae = (net and net.to(device) for net in build(cfg, len(counts)))
+    if vae:
+        experts, eta, vae = model, 0.0, train_vaes(cfg, vae, images, counts, device)
+        with torch.no_grad(), autocast(cfg, device):
+            x0 = torch.cat([vae.encode(to_float(x))[0] for x in images.split(500)])  # (N, K, d)
+        scale = x0.square().mean((0, 2))[:, None].sqrt()
+        z = x0 = x0 / scale
+    else:
+        x0 = (to_float(images).flatten(2) - mean) / scale  # (N, K, D)
+        A = [uncentred_svd(x0[:m, k], cfg.latent_dim) for k, m in enumerate(counts.tolist())]
+        model.A.data.copy_(torch.stack(A))
+        z = torch.einsum("nkD,kDd->nkd", x0, model.A.data)
+        model.eta2.copy_((x0.square().sum() - z.square().sum()) / (x0.numel() - z.numel()))
+        model.logit_w.data.copy_(counts.log())
+        experts, eta = model.experts, model.eta2.sqrt().item()
+    if cfg.expert != "mlp":
+        torch.manual_seed(mix(cfg.seed, 2))
+        fit_em(experts, z, counts, eta)
+    net = parallel(model, dataclasses.replace(cfg, compile="off"), device)  # seconds of work
+    frame = {"share": counts / counts.sum(), "mean": mean, "scale": scale}
+    every = torch.arange(len(counts), device=device)
+    def loss():
+        x, call = expert_batch(x0, counts, cfg), lambda z, sigma: net(z, 1.0, sigma**2)[0]
+        if not vae:
+            y, x = every.repeat(len(x)), x.flatten(0, 1)
+            call = lambda x, sigma: net(x, 1.0, sigma, y)[0]
+        return score_matching_loss(call, x, cfg.sigma_min, cfg.sigma_max)
+    def picture(ema, path):
+        k = every[:10].repeat_interleave(8)
+        x, k = draw(ema, vae, frame, cfg, k, torch.Generator().manual_seed(0))
+        save_grid(x[k.argsort(stable=True)], path, columns=8)
+    fit(cfg, model, cfg.lr, loss, picture, count_parameters(model, vae), frame=frame,
+        vae=vae.state_dict() if vae else {})
+
+def sample(cfg):
+    """Draw cfg.n images from cfg.sample: image i of class i mod K, or clusters by their share."""
+    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    frame = {name: w.to(device) for name, w in saved["frame"].items()}
+    K, generator, parts = len(frame["share"]), torch.Generator().manual_seed(cfg.seed), []
+    model, vae = (net and net.to(device) for net in build(cfg, K))
+    model.load_state_dict(saved["ema"])
+    vae and vae.load_state_dict(saved["vae"])
+    k = (torch.multinomial(frame["share"].cpu(), cfg.n, True, generator=generator) if cfg.clusters
+         else torch.arange(cfg.n) % K)
+    for index, generator in shares(cfg.n, 250, cfg.seed):
+        images, experts = draw(model, vae, frame, cfg, k[index].to(device), generator)
+        parts.append((index, to_uint8(images), experts))
+    images, k = (gather([(part[0], part[i]) for part in parts]) for i in (1, 2))
+    rows = [images[k == j][:max(1, min(8, cfg.n // K))] for j in range(min(K, 10))]
+    save_grid(torch.cat(rows), f"{cfg.out}/sample.png", columns=max(len(row) for row in rows))
+    if cfg.npz:
+        save_npz(images, k, f"{cfg.out}/sample.npz")
+
+def main(argv=None):
+    cfg = parse_config(Config, PRESETS, SAMPLING, argv)
+    sample(cfg) if cfg.sample else train(cfg)
+
+if __name__ == "__main__":
+    main()
