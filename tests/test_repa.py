@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 import repa as script
-from common import batch, load_checkpoint, load_encoder, load_images, mix
+from common import batch, load_checkpoint, load_encoder, load_images, mix, save_grid
+from tests.claims import repa as claim
 
 ROOT = Path(script.__file__).parent
 SMALL = ["--image-size", "16", "--patch", "4", "--dim", "16", "--depth", "3", "--heads", "2"]
@@ -331,11 +332,11 @@ class Count(nn.Module):
 def test_guidance_acts_inside_its_interval_with_the_null_class(sampler):
     x, y = torch.zeros(2, 1, 1, 1), torch.tensor([3, 4])
     net = Count()
-    script.sample_flow(net, x, y, "linear", sampler, 10, 3.0, 0.15, 0.7, last=0.1)
+    script.sample_flow(net, x, y, "linear", sampler, 8, 3.0, 0.25, 0.75, last=0.125)
     doubled = {t for t, n, _ in net.seen if n == 4}
-    assert doubled == {0.2, 0.3, 0.4, 0.5, 0.6, 0.7}  # both ends included
+    assert doubled == {0.25, 0.375, 0.5, 0.625, 0.75}  # both ends included
     assert all(labels == [3, 4, 7, 7] for _, n, labels in net.seen if n == 4)
-    assert {t for t, n, _ in net.seen} >= {0.1, 1.0}
+    assert {t for t, n, _ in net.seen} >= {0.125, 1.0}
     plain = Count()
     script.sample_flow(plain, x, y, "linear", sampler, 10, 1.0)
     assert all(labels == [3, 4] for *_, labels in plain.seen)
@@ -346,6 +347,63 @@ def test_guidance_of_the_drift_is_guidance_of_the_velocity():
     run = lambda w: script.sample_flow(Count(), x, y, "linear", "sde", 1, w)
     plain, off, far = run(1.0), script.sample_flow(Count(), x, y + 3, "linear", "sde", 1, 0.0), 2.5
     assert torch.allclose(run(far), off + far * (plain - off), atol=1e-5)
+
+
+# ---- the claim's instruments ----------------------------------------------------------
+
+
+def test_cknna_of_equal_rotated_and_independent_features():
+    f, other = torch.randn(200, 12).double(), torch.randn(200, 9).double()
+    rotation = torch.linalg.qr(torch.randn(12, 12).double())[0]
+    assert claim.cknna(f, f) == pytest.approx(1)
+    assert claim.cknna(f, 3 * f @ rotation) == pytest.approx(1)
+    assert abs(claim.cknna(f, other)) < 0.1
+    near = claim.cknna(f, f + 0.5 * torch.randn(200, 12).double())
+    assert 0.2 < near < 0.9
+
+
+def test_cknna_by_hand():
+    f, g, m, k = torch.randn(9, 3).double(), torch.randn(9, 4).double(), 9, 2
+
+    def kernel(h):
+        h = h / h.norm(dim=1, keepdim=True)
+        return [[float(h[i] @ h[j]) for j in range(m)] for i in range(m)]
+
+    def neighbours(K):
+        order = lambda i: sorted((j for j in range(m) if j != i), key=lambda j: -K[i][j])
+        return [set(order(i)[:k]) for i in range(m)]
+
+    def align(K, L, a, b):
+        on = lambda i, j: i != j and j in a[i] and j in b[i]
+        P, Q = ([[X[i][j] * on(i, j) for j in range(m)] for i in range(m)] for X in (K, L))
+        total = lambda X: sum(map(sum, X))
+        first = sum(P[i][j] * Q[j][i] for i in range(m) for j in range(m))
+        product = sum(P[i][r] * Q[r][j] for i in range(m) for j in range(m) for r in range(m))
+        second = total(P) * total(Q) / ((m - 1) * (m - 2)) - 2 / (m - 2) * product
+        return (first + second) / (m * (m - 3))
+
+    K, L = kernel(f), kernel(g)
+    a, b = neighbours(K), neighbours(L)
+    expected = align(K, L, a, b) / math.sqrt(align(K, K, a, a) * align(L, L, b, b))
+    assert claim.cknna(f, g, k) == pytest.approx(expected)
+
+
+def test_features_are_mean_tokens_of_each_block_without_a_class():
+    cfg = script.Config(image_size=8, patch=2, path="vp", precision="fp32")
+    net, images = stir(network()), torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    h, p, error = claim.look(net, images, 0.3, cfg, torch.device("cpu"), seed=5)
+    eps = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    x0, a, b = images / 127.5 - 1, math.cos(0.15 * math.pi), math.sin(0.15 * math.pi)
+    y, t = torch.full((6,), 5), torch.full((6,), 0.3)
+    v_hat, expected = net(a * x0 + b * eps, t, y, align=True)
+    assert torch.allclose(p, expected, atol=1e-5)
+    v = math.pi / 2 * (a * eps - b * x0)
+    assert error == pytest.approx((v_hat - v).square().mean().item(), rel=1e-4)
+    kept = []
+    net.blocks[2].register_forward_hook(lambda m, args, out: kept.append(out.mean(1)))
+    net(a * x0 + b * eps, t, y)
+    assert h.shape == (3, 6, 16) and torch.allclose(h[2], kept[0], atol=1e-5)
+    assert not net.blocks[0]._forward_hooks
 
 
 # ---- the script ------------------------------------------------------------------------
@@ -380,13 +438,15 @@ def test_lambda_0_is_a_vanilla_sit_bit_for_bit():
 
 
 @pytest.mark.parametrize("more", [
-    [], ["--projector", "conv", "--spatial-norm", "0.6", "--stop-align", "3", "--path", "vp"]])
+    [], ["--projector", "conv", "--spatial-norm", "0.6", "--stop-align", "3", "--path", "vp",
+         "--lam", "0.8"]])
 def test_end_to_end_and_interrupted_is_the_same(more, same_when_interrupted):
     same_when_interrupted(script, SMALL + more, ["model", "ema"])
     rows = lines("whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["lr"] == 1e-2
     for row in rows:
-        assert row["loss"] == pytest.approx(row["velocity"] + 0.5 * row["align"], rel=1e-5)
+        lam = 0.8 if more else 0.5
+        assert row["loss"] == pytest.approx(row["velocity"] + lam * row["align"], rel=1e-5)
         assert (row["align"] == 0) == bool(more and row["step"] == 4)
     assert Image.open("whole/samples_0000004.png").size == (8 * 66, 10 * 66)
     saved = load_checkpoint("whole/last.pt")
@@ -439,8 +499,17 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema():
     assert first.shape == (30, 16, 16, 3) and labels.tolist() == [i % 10 for i in range(30)]
     for more in (["--seed", "1"], ["--sampler", "sde"], ["--guidance", "3"]):
         script.main(flags + ["--out", "new", *more])
-        assert (np.load("new/sample.npz")["arr_0"] != first).any(), more
+        other = np.load("new/sample.npz")["arr_0"]
+        script.main(flags + ["--out", "again", *more])
+        assert (other != first).any(), more
+        assert (other == np.load("again/sample.npz")["arr_0"]).all(), more
     entries = dict(load_checkpoint("run/last.pt"))
+    cfg = script.Config(**entries["config"])
+    net = script.build(cfg, 10, entries["width"])
+    net.load_state_dict(entries["ema"])
+    y, generator = script.class_rows(10), torch.Generator().manual_seed(0)
+    save_grid(script.draw(net, None, y, cfg, torch.device("cpu"), generator), "grid.png", 8)
+    assert Path("grid.png").read_bytes() == Path("run/samples_0000004.png").read_bytes()
     entries["model"] = {k: v * 0 for k, v in entries["model"].items()}  # only the EMA is sampled
     torch.save(entries, "run/other.pt")
     script.main(["--sample", "run/other.pt", *flags[2:], "--precision", "fp32"])
