@@ -2,7 +2,7 @@
 
 Paper     Yu et al. Representation Alignment for Generation: Training Diffusion Transformers Is
           Easier Than You Think. arXiv:2410.06940v1 (REPA)
-          Ma et al. SiT. arXiv:2401.08740; Singh et al. iREPA. arXiv:2512.10794
+          Ma et al. SiT. arXiv:2401.08740; variants: iREPA arXiv:2512.10794, HASTE arXiv:2505.16792
 Here      Eq. 8, L_REPA = -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])): repa_loss, with y_* from
           teacher_tokens and h_phi from make_projector; Eq. 9, L = L_velocity + lam L_REPA: train;
           of SiT: SiT, interpolant, velocity_loss, sample_flow; iREPA: --projector conv and
@@ -15,15 +15,17 @@ Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's ha
 Left out  NT-Xent in place of the cosine, several encoders at once, encoders read before their last
           norm (MAE, CLIP: load_encoder's norm); the authors' cache of latents; probes, CKNNA and
           all comparisons: tests/claims/repa.py
-Notation  x0   clean image or latent, (B, C, H, W)      t  0 = data ... 1 = noise, float32 (B,)
+Notation  x0   clean image or latent, (B, C, H, W), the paper's x_*; f sees the image itself
+          t    0 = data ... 1 = noise, float32 (B,): SiT's own code runs it backwards
           eps  noise of the same shape                  y  class, int64 (B,); `classes` = no class
           xt   alpha x0 + sigma eps                     alpha, sigma, d_*  at t, and d/dt of both
-          v    d_alpha x0 + d_sigma eps: from data to noise (SiT's own code runs time backwards)
-          h    tokens after block `align_depth`, (B, N, D)      p  h_phi(h), (B, N, D_f)
-          y_star  the teacher's tokens f(x_*) of the clean image, (B, N, D_f)
+          v    d_alpha x0 + d_sigma eps, dxt / dt       *_hat  predicted by the network
+          h    tokens after block `align_depth`, h_t in the paper, (B, N, D)
+          p    h_phi(h), (B, N, D_f)                    y_star  f(image), y_* in the paper, like p
 Run       python repa.py                      # not measured
           python repa.py --lam 0 --out runs/sit         # the same without alignment; not measured
-          python repa.py --preset cifar10     # not measured; needs runs/simsiam-cifar10
+          python repa.py --preset cifar10               # not measured; first, for the teacher,
+                 python simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
           torchrun --nproc-per-node 8 repa.py --preset paper --data <folder>     # not measured
 """
 import copy
@@ -120,7 +122,7 @@ PAPER = dict(  # REPA: SiT-XL/2 with DINOv2-B on ImageNet 256, 80 epochs; DINOv2
     dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048, pool=1, sampler="sde",
     sampling_steps=250, guidance=1.0)  # after 4M steps 1.8, in [0, 0.7]
 PRESETS = {
-    "cifar10": dict(  # SiT-S/4; its teacher: simsiam.py --data torch/cifar10 --out <folder of it>
+    "cifar10": dict(  # SiT-S/4
         data="torch/cifar10", batch_size=256, steps=20_000, lr=5e-4, ema_decay=0.9995,
         save_every=2000, sample_every=5000, encoder="runs/teacher-cifar10/teacher.safetensors",
         patch=4, dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048, pool=1),
@@ -173,7 +175,7 @@ def position_table(side, dim):
     return torch.cat([column, row], -1).flatten(0, 1)
 
 class SiTBlock(nn.Module):
-    """SiT's Block: LayerNorm without affine, plain attention, GELU MLP; adaLN-Zero from c."""
+    """SiT's Block: LayerNorm without affine, plain attention, GELU MLP; adaLN-Zero (DiT) from c."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -230,9 +232,10 @@ class SiT(nn.Module):
             nn.init.zeros_(module.weight)
 
     def forward(self, xt, t, y, align=False):  # (B, C, H, W), (B,), (B,) -> (B, C, H, W)
-        c, p = F.silu(self.time(time_features(t)) + self.label(y)), None  # (B, D)
+        c = F.silu(self.time(time_features(t)) + self.label(y))  # (B, D); t unscaled, as in SiT
         h = rearrange(xt, "b c (h i) (w j) -> b (h w) (i j c)", i=self.patch, j=self.patch)
         h = self.embed(h) + self.position  # (B, N, D), row by row
+        p = None
         for k, block in enumerate(self.blocks, 1):
             h = block(h, c)
             if k == self.align_depth and align and self.projector:
@@ -314,8 +317,8 @@ def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250,
     def drift(x, t):  # for the linear path and w = 2 it is (2 - t) v + x
         v = velocity(x, t)
         alpha, sigma, d_alpha, d_sigma = interpolant(path, x.new_full((1,), t))
-        sigma_score = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)
-        return v - w / 2 * sigma_score  # w_t s = w (sigma s): nothing is divided by sigma
+        sigma_s = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)  # sigma score
+        return v - w / 2 * sigma_s  # w_t s = w (sigma s): nothing is divided by sigma
 
     x = noise
     if sampler == "sde":

@@ -493,7 +493,8 @@ def test_label_drop_1_never_shows_a_class(monkeypatch):
 def test_sample_uses_the_checkpoint_s_config_and_the_ema():
     script.main(SMALL + ["--out", "run"])
     flags = ["--sample", "run/last.pt", "--n", "30", "--npz", "--device", "cpu"]
-    script.main(flags + ["--precision", "fp32"])
+    flags += ["--precision", "fp32"]
+    script.main(flags)
     with np.load("run/sample.npz") as file:
         first, labels = file["arr_0"], file["arr_1"]
     assert first.shape == (30, 16, 16, 3) and labels.tolist() == [i % 10 for i in range(30)]
@@ -512,7 +513,7 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema():
     assert Path("grid.png").read_bytes() == Path("run/samples_0000004.png").read_bytes()
     entries["model"] = {k: v * 0 for k, v in entries["model"].items()}  # only the EMA is sampled
     torch.save(entries, "run/other.pt")
-    script.main(["--sample", "run/other.pt", *flags[2:], "--precision", "fp32"])
+    script.main(["--sample", "run/other.pt", *flags[2:]])
     assert (np.load("run/sample.npz")["arr_0"] == first).all()
 
 
