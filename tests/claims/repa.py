@@ -91,7 +91,7 @@ def command(report, name, seed, folder, steps):
     """The script's command line of an arm, and its config."""
     more = [report["random"] if a == "RANDOM" else a for a in (ARMS | MORE)[name]]
     argv = ["--out", folder, "--seed", seed, "--steps", steps, "--label-drop", 1, "--guidance", 1,
-            "--device", report["args"].device, "--save-every", 10**6, "--sample-every", 10**6,
+            "--device", report["args"].device, "--sample-every", 10**6,
             *size(report).flags, *more]
     argv = [str(a) for a in argv]
     return argv, parse_config(script.Config, script.PRESETS, (), argv)
@@ -346,7 +346,7 @@ def draw_figure(report):
     """Probe and CKNNA by block and by t, alignment, Frechet distance, samples of two arms."""
     block, depth, marks = report["align_depth"], report["depth"], size(report).marks
     blocks, get = range(1, depth + 1), functools.partial(values, report, "arms")
-    names = [name for _, name in report["done"] if name in ARMS]
+    names = list(ARMS)
 
     def line(ax, name, x, rows):  # rows: for each x a list over the seeds
         rows = torch.tensor(rows)
