@@ -11,6 +11,8 @@ Arms, with equal seeds, data order, noise, steps and the learning rate that was 
     iREPA    REPA with --projector conv --spatial-norm 0.6
     random   REPA towards the same encoder with random weights
 Unconditional: labels of ten classes would already hand the network what the teacher can give.
+Rates tried for vanilla (cpu, 300 steps, seed 0): 5e-4, 1e-3, 2e-3, 4e-3 and 8e-3, with losses of
+0.400, 0.352, 0.329, 0.317 and 0.353 over the last 50 steps.
 What the paper reports (arXiv:2410.06940v1) and what counts as agreeing, stated before the run:
 
 teacher    The precondition: the encoder's linear probe beats vanilla's best block at its best t.
@@ -75,7 +77,7 @@ MORE = {  # gpu only, and without a claim: the early stop of HASTE, the other pa
     "REPA, vp": ARMS["REPA"] + ["--path", "vp"],
 }
 SIZES = {  # marks: steps after which the Frechet distance is measured
-    "cpu": dict(seeds=(0, 1), marks=(800,), fit=3000, test=1500, samples=2048, real=10_000, flags=[
+    "cpu": dict(seeds=(0, 1), marks=(700,), fit=3000, test=1500, samples=2048, real=10_000, flags=[
         "--lr", 4e-3, "--log-every", 50, "--compile", "off", "--sampling-steps", 15]),
     "gpu": dict(seeds=(0, 1, 2), marks=(1000, 2000, 4000, 7000, 10_000, 14_000, 20_000), fit=20_000,
                 test=4000, samples=10_000, real=45_000, flags=["--preset", "cifar10"]),
