@@ -65,7 +65,10 @@ SIGMAS = (0.2, 1.0, 5.0)
 FEW = ["--data", "fields", "--samples", 5, "--separated", "--loss", "code", "--weight-decay", 0.01]
 SIMPLEX = ["--data", "simplex", "--image-size", 8, "--width", 40, "--loss", "code",
            "--weight-decay", 1e-3, "--samples", 10_000]
-UNET_STEPS = {"cpu": 550, "gpu": 30_000}
+UNET = {"cpu": ["--channels", 32, "--widths", "32,64", "--blocks", 2, "--batch-size", 64, "--steps",
+                700, "--sample-every", 700],
+        "gpu": ["--image-size", 32, "--channels", 64, "--widths", "64,128,128", "--steps", 30_000,
+                "--sample-every", 30_000]}
 SPIKY = ("std", "pr", "l4")
 
 
@@ -262,10 +265,8 @@ def noisy(x, sigma, g):
 def denoiser_arm(report, seed, folder):
     """Train the U-Net on copies and distinct images, then tell copies from fresh images."""
     small = report["args"].preset == "cpu"
-    steps = UNET_STEPS[report["args"].preset]
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device]
-    argv += ["--method", "diffusion", "--data", "shapes", "--steps", steps, "--sample-every", steps]
-    argv += [] if small else ["--image-size", 32, "--channels", 64, "--widths", "64,128,128"]
+    argv += ["--method", "diffusion", "--data", "shapes", *UNET[report["args"].preset]]
     cfg = consistency_training.parse_config(consistency_training.Config, {}, (),
                                             [str(a) for a in argv])
     device = consistency_training.setup(cfg)
