@@ -73,12 +73,12 @@ class Config:
     npz: bool = False  # --sample also writes them as ADM's evaluation format
     subset: int = 0  # train on this many images, drawn with the seed; 0: on all (Fig. 6)
     patch: int = 2  # squares of this side become channels on the way in, and back
-    dim: int = 32  # channels at the first scale, a multiple of 8; twice as many at the others
+    dim: int = 64  # channels at the first scale, a multiple of 8; twice as many at the others
     scales: int = 2  # the side halves in between
-    blocks: int = 2  # residual blocks per scale of the encoder, and of the decoder
-    layer: str = "decoder.3"  # module whose output, averaged over space, is the representation
+    blocks: int = 1  # residual blocks per scale of the encoder, and of the decoder
+    layer: str = "decoder.0"  # module whose output, averaged over space, is the representation
     sigmas: str = "0.002,0.008,0.023,0.06,0.14,0.296,0.585,1.088,1.923"  # levels of the curve
-    probe_images: int = 2000  # held-out images that the probe is fitted on, and as many to test
+    probe_images: int = 3000  # held-out images that the probe is fitted on, and as many to test
 
     def __post_init__(self):
         least = dict(patch=1, dim=8, scales=1, blocks=1, warmup=1)
@@ -97,8 +97,8 @@ class Config:
         if len(rising) < 4 or any(not a < b for a, b in zip(rising, rising[1:])):
             raise ValueError(f"sigmas must be three or more, positive and rising: {self.sigmas}")
 
-CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, patch=1, dim=128,
-               scales=3, lr=5e-4, save_every=2000, probe_images=5000)
+CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, patch=1, dim=128, scales=3,
+               blocks=2, layer="decoder.3", lr=5e-4, save_every=2000, probe_images=5000)
 PRESETS = {
     "cifar10": CIFAR10 | dict(batch_size=256, steps=12_000, sample_every=4000),
     "paper": CIFAR10 | dict(  # Fig. 6: UNet-64, N = 2^12 of 2^8 ... 2^15; 50 M images
@@ -239,9 +239,7 @@ class DenoisingUNet(nn.Module):
 
 def snr(h, y, bases):
     """Def. 1: mean over classes k of E |U_k U_k^T h|^2 / E |(I - U_k U_k^T) h|^2. Scalar.
-
-    h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns.
-    """
+    h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns."""
     own = torch.einsum("bn,bnd->bd", h, bases[y]).square().sum(1)
     other = h.square().sum(1) - own
     return torch.stack([own[y == k].mean() / other[y == k].mean() for k in y.unique()]).mean()
@@ -351,7 +349,6 @@ def class_subspaces(f, y, classes, rank=5):
 
 def unimodality(values):
     """Where the mean of values (repeats, levels) peaks, and by how much: dict of numbers.
-
     rise, drop  peak minus value at the first and the last level; standard errors over the repeats,
                 which are test images and paired
     unimodal    1 if the peak is inside and both exceed two standard errors, else 0
