@@ -445,8 +445,7 @@ def train(cfg, pool=None):
     if cfg.few_steps:  # few samples first, a run of its own in <out>/few
         if cfg.fresh and RANK == 0:
             Path(cfg.out, "last.pt").unlink(missing_ok=True)
-        few = dataclasses.replace(cfg, out=f"{cfg.out}/few", steps=cfg.few_steps,
-                                  **FEW)
+        few = dataclasses.replace(cfg, out=f"{cfg.out}/few", steps=cfg.few_steps, **FEW)
         networks = train(few, pool)
     data = choose(pool, cfg)
     stats, lam = statistics(data, cfg), effective_lambda(len(model.W), cfg.weight_decay)
@@ -457,7 +456,7 @@ def train(cfg, pool=None):
     state = {"model": model, "opt": opt, "stats": stats, "mean": data.mean, "concept": data.concept}
     networks.append((model.W.detach(), data, stats, cfg))
     repeat = math.ceil(cfg.batch_size / cfg.samples)  # few samples are all in every batch
-    result = {}  # the latest measurement
+    result = {}  # of a measurement, until it is logged
 
     for step in steps(cfg, state):
         index = batch_indices(cfg.samples * repeat, cfg, step) % cfg.samples
@@ -472,6 +471,7 @@ def train(cfg, pool=None):
             result = measure_codes(model.W, data, cfg)
             draw(networks, f"{cfg.out}/samples_{step + 1:07d}.png")
         log(cfg, state, step, loss=loss, grad_norm=grad_norm, **result)
+        result = {} if due(cfg, cfg.log_every, step) else result
     return networks
 
 def sample(cfg):

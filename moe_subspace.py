@@ -4,11 +4,10 @@ Paper     Yang, Li, Jiang, Chen, Li. Multi-Subspace Multi-Modal Modeling for Dif
           Estimation, Convergence and Mixture of Experts. arXiv:2601.01475v1
 Here      data model, exact score MoLRMoG; Eq. 3, the network, MoGExperts (MoLRG: gauss); encoder,
           gate, decoder MoESubspaceDenoiser; Fig. 5 ExpertVAEs and --unified, one for all
-Changed   means are lifted, A mu, the covariance is A U U^T A^T (the printed ambient formula mixes d
-          and D); each residual goes with its own mean (two are swapped in print); s^2 / (s^2 +
-          gamma^2) U U^T becomes C^-1, right for any U; covariances tau^2 I + V lam V^T, V^T V = I,
-          need no solve, and rank 0 is the two-layer softmax network; noise eta off the subspaces;
-          EM, then the denoising loss: how the paper trains, its sizes and levels are not known
+Changed   means are lifted, A mu, the covariance is A U U^T A^T (the printed formula mixes d and D);
+          residuals go with their own means (two are swapped in print); C^-1, right for any U;
+          covariances tau^2 I + V lam V^T, V^T V = I, need no solve, rank 0 is the two-layer softmax
+          network; noise eta off the subspaces; EM, then the loss: the paper's training is not known
 Left out  ImageNet with a large VAE fine-tuned to one class, LoRA a cluster; the bounds
 Notation  x0  data, (B, D)                   x      s x0 + gamma e, noisy; images: s = 1
           A   bases of K subspaces, D x d_k  z      A^T x or a VAE's code, (B, K, d)
@@ -16,8 +15,7 @@ Notation  x0  data, (B, D)                   x      s x0 + gamma e, noisy; image
           C   s^2 Sigma + g2 I, Sigma of z0  *_hat  posterior mean
           k   expert, G its gate's logit     sigma  gamma / s: falls from noise to data
 Run       python moe_subspace.py                                        # not measured
-          python moe_subspace.py --projection linear --sampler gated    # not measured
-          python moe_subspace.py --preset cifar10 | paper               # not measured
+          python moe_subspace.py --preset cifar10                       # not measured
 """
 import copy
 import dataclasses
@@ -70,16 +68,16 @@ class Config:
     rank: int = 4  # of a mode's covariance beside tau^2 I; 0: two-layer softmax network
     width: int = 64  # of the two hidden layers of mlp
     gate: str = "soft"  # soft | label | top1: of linear experts, in training and sampling
-    learn_subspaces: bool = False  # train linear bases, too, QR retraction; wants lr / 10
+    learn_subspaces: bool = False  # train linear bases, too; wants lr / 10
     sampler: str = "expert"  # expert | gated: choose k, then its latent ODE; or ambient ODE, linear
     sampling_steps: int = 40  # noise levels of the sampler, geometric
     sigma_max: float = 10.0  # largest noise level; latents, or all pixels, have mean square 1
     sigma_min: float = 0.02  # smallest one
     def __post_init__(self):
         linear, S, d = self.projection == "linear", self.image_size, self.latent_dim
-        counts = d, self.vae_steps, self.vae_channels, self.modes, self.width
         for ok, message in (
-                (min(counts) > 0, "latent_dim, vae_steps, vae_channels, modes, width: at least 1"),
+                (min(d, self.vae_steps, self.vae_channels, self.modes, self.width) > 0,
+                 "latent_dim, vae_steps, vae_channels, modes, width: at least 1"),
                 (min(self.lr, self.vae_lr, self.kl) >= 0, "lr, vae_lr, kl: not negative"),
                 (self.clusters >= 0 <= self.ema_decay < 1, "clusters >= 0, 0 <= ema_decay < 1"),
                 (0 < self.sigma_min < self.sigma_max < math.inf and self.sampling_steps > 1,
@@ -97,8 +95,8 @@ class Config:
 PRESETS = {
     "cifar10": dict(data="torch/cifar10", image_size=32, batch_size=1280, steps=5000, rank=16,
                     latent_dim=64, vae_steps=20_000, vae_channels=128),
-    "paper": dict(  # as far as it is known: ten VAEs, one a digit, n_k = 4
-        data="torch/mnist", image_size=32, batch_size=1280, steps=5000, vae_steps=10_000, modes=4)}
+    "paper": dict(data="torch/mnist", image_size=32, batch_size=1280, steps=5000,  # as far as it
+                  vae_steps=10_000, modes=4)}  # is known: ten VAEs, one a digit, n_k = 4
 SAMPLING = ("sampler", "sampling_steps", "sigma_max", "sigma_min")
 VAE_FIELDS = """seed device precision compile data image_size skip_bad batch_size ema_decay
 log_every save_every sample_every clusters unified latent_dim vae_lr vae_channels kl"""
@@ -110,8 +108,7 @@ def uncentred_svd(x, d):
     return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :d]
 
 def k_subspaces(x, K, d, restarts=10, iterations=30):
-    """Assign rows of x (n, D) to the subspace of the longest projection, refit, repeat: (K, D, d);
-    of the restarts that with the smallest residual. Too small a cluster keeps its basis."""
+    """Assign rows of x (n, D) to the longest projection, refit, repeat; best restart: (K, D, d)."""
     found, u = [], F.normalize(x)
     for _ in range(restarts):
         start = u[torch.randint(len(x), (K,), device=x.device)]  # and who is nearest in angle
@@ -162,10 +159,10 @@ def column(v, like, ndim):
     return torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (ndim - 1))
 
 class MoGExperts(nn.Module):
-    """Posterior means of K latent mixtures of m Gaussians with covariances tau^2 I + V lam V^T.
-    Without V and with one tau an expert: linear, softmax, linear, and a scaled skip; the logits are
-    (s / v) mu^T z - s^2 |mu|^2 / 2 v + log pi, v = s^2 tau^2 + g2. MoLRG: zero_mean, m = 1, linear.
-    dims  d_k of the experts; a smaller one is padded to d = max(dims) with zeros"""
+    """Posterior means of K latent mixtures of m Gaussians with covariances tau^2 I + V lam V^T,
+    dims d_k, padded to d = max(dims) with zeros. Without V and with one tau an expert: linear,
+    softmax, linear, and a scaled skip; the logits are (s / v) mu^T z - s^2 |mu|^2 / 2 v + log pi,
+    v = s^2 tau^2 + g2. MoLRG: zero_mean, m = 1, linear."""
     def __init__(self, dims, m, rank=0, zero_mean=False):
         super().__init__()
         K, d = len(dims), max(dims)
@@ -209,9 +206,8 @@ class MLPExperts(nn.Module):
 
 class MoESubspaceDenoiser(nn.Module):
     """E[x0 | x]: projections, latent experts, exact gate, lifts; no skip connection if eta = 0.
-    A        (K, D, d), orthonormal columns, those beyond d_k zero; trained only if learn
-    weights  (K,), share of each subspace    eta  standard deviation of x0 off its subspace
-    gate     soft: posterior | top1: the most likely | label: given"""
+    A     (K, D, d), orthonormal columns, those beyond d_k zero    weights  (K,), shares
+    gate  soft: posterior | top1: most likely | label: given       eta  std off the subspaces"""
     def __init__(self, A, experts, weights, eta=0.0, gate="soft", learn=False):
         super().__init__()
         self.A, self.experts, self.gate = nn.Parameter(A, requires_grad=learn), experts, gate
@@ -232,8 +228,7 @@ class MoESubspaceDenoiser(nn.Module):
         return c + s * self.eta2 / g2 * (x - s * c), G
 
 class MoLRMoG(MoESubspaceDenoiser):
-    """Data sum_k w_k sum_l pi_kl N(A_k mu_kl, A_k U_kl U_kl^T A_k^T) + eta e: with these parameters
-    the network is exact.
+    """Data sum_k w_k sum_l pi_kl N(A_k mu_kl, A_k U_kl U_kl^T A_k^T) + eta e: the exact network.
     weights  (K,), sums to 1    A   list of (D, d_k), orthonormal columns, at any angles
     pi       list of (n_k,)     mu  list of (n_k, d_k)       U  list of (n_k, d_k, any rank)"""
     def __init__(self, weights, A, pi, mu, U, eta=0.0):
@@ -294,6 +289,11 @@ class ExpertVAEs(nn.Module):
         return self.decode(mean + (log_var / 2).exp() * torch.randn_like(mean)), mean, log_var
 
 # ---- method ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def tangent_gradient(A):
+    """A.grad less A sym(A^T grad), the part that Adam, entry by entry, would make a turn of A."""
+    A.grad -= A @ (A.mT @ A.grad + A.grad.mT @ A) / 2
 
 @torch.no_grad()
 def qr_retraction(A):
@@ -374,8 +374,7 @@ def build(cfg, K):
 
 def count_parameters(model, vae):
     """Numbers in the score network, zero means of MoLRG not counted, and with the VAEs: a dict."""
-    own = sum(w.numel() for name, w in model.named_parameters()
-              if w.requires_grad or not name.endswith("mu"))
+    own = sum(w.numel() for k, w in model.named_parameters() if w.requires_grad or k[-2:] != "mu")
     both = own + sum(w.numel() for w in vae.parameters()) if vae else own
     return {"parameters": own, "with_vaes": both}
 
@@ -383,19 +382,20 @@ def fit(cfg, model, lr, loss, picture, sizes=(), **extra):
     """Train one stage by loss() of a batch; draw by picture(ema, path). Returns the EMA."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    bases = [(trained[k], ema.get_parameter(k)) for k in trained if k.endswith(("A", "V"))]
     opt = torch.optim.Adam(trained.values(), lr)
     state = {"model": model, "ema": ema, "opt": opt, **extra}
     for step in steps(cfg, state):
-        value = loss()
-        value.backward()
+        (value := loss()).backward()
+        for A, _ in bases:
+            tangent_gradient(A)
         grad_norm = nn.utils.get_total_norm([w.grad for w in trained.values()])
         opt.param_groups[0]["lr"] = rate = lr * (1 + math.cos(math.pi * step / cfg.steps)) / 2
         opt.step()
         opt.zero_grad()
         ema_update(ema, model, cfg.ema_decay, step)
-        for name in (name for name in trained if name.endswith(("A", "V"))):
-            qr_retraction(trained[name])
-            qr_retraction(ema.get_parameter(name))
+        for A in sum(bases, ()):
+            qr_retraction(A)
         log(cfg, state, step, loss=value, lr=rate, grad_norm=grad_norm, **dict(sizes))
         if due(cfg, cfg.sample_every, step):
             picture(ema, f"{cfg.out}/samples_{step + 1:07d}.png")
@@ -448,8 +448,8 @@ def train(cfg):
         z = x0 = x0 / scale
     else:
         x0 = (to_float(images).flatten(2) - mean) / scale  # (N, K, D)
-        A = [uncentred_svd(x0[:m, k], cfg.latent_dim) for k, m in enumerate(counts.tolist())]
-        model.A.data.copy_(torch.stack(A))
+        for k, m in enumerate(counts.tolist()):
+            model.A.data[k] = uncentred_svd(x0[:m, k], cfg.latent_dim)
         z = torch.einsum("nkD,kDd->nkd", x0, model.A.data)
         model.eta2.copy_((x0.square().sum() - z.square().sum()) / (x0.numel() - z.numel()))
         model.logit_w.data.copy_(counts.log())

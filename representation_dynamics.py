@@ -8,11 +8,11 @@ Here      Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block 
           Fig. 5 class_subspaces, Fig. 6 nearest_ratio; EDM denoise_edm, sample_edm
 Changed   D_t in class_confidence has the term of psi, which the appendix leaves out: exact for the
           expectation that it stands for; the gate of Prop. 1 in its form for orthogonal subspaces.
-          Images: a U-Net without attention, not DDPM++; input in EDM's scaling; the probe is
-          fitted on held-out images and tested on others, whatever the network was trained on
-          (paper: on its training set), some labels a class, drawn several times (paper: all); a
-          sample is memorised if its nearest training image is 3 times as near as the next (authors:
-          SSCD above 0.6); unimodal: up and down by two standard errors; AdamW, constant rate
+          Images: a small U-Net, not DDPM++; input in EDM's scaling; the probe is fitted on
+          held-out images and tested on others, whatever the network was trained on (paper: on its
+          training set); a sample is memorised if its nearest training image is 3 times as near as
+          the next (authors: SSCD above 0.6); unimodal: up and down by two standard errors over test
+          images; AdamW, constant rate
 Left out  segmentation, transfer, FID, sliced Wasserstein distance, curves during over-training;
           weight sharing, ensembles, unequal subspaces: tests/claims/representation_dynamics.py
 Notation  sigma  standard deviation of the noise: 0 is data     x0   clean data
@@ -73,17 +73,15 @@ class Config:
     npz: bool = False  # --sample also writes them as ADM's evaluation format
     subset: int = 0  # train on this many images, drawn with the seed; 0: on all (Fig. 6)
     patch: int = 2  # squares of this side become channels on the way in, and back
-    dim: int = 32  # channels at the first scale, a multiple of 8; twice as many at the others
+    dim: int = 64  # channels at the first scale, a multiple of 8; twice as many at the others
     scales: int = 2  # the side halves in between
-    blocks: int = 2  # residual blocks per scale of the encoder, and of the decoder
-    layer: str = "decoder.3"  # module whose output, averaged over space, is the representation
+    blocks: int = 1  # residual blocks per scale of the encoder, and of the decoder
+    layer: str = "decoder.0"  # module whose output, averaged over space, is the representation
     sigmas: str = "0.002,0.008,0.023,0.06,0.14,0.296,0.585,1.088,1.923"  # levels of the curve
-    probe_images: int = 2000  # held-out images that the probe is fitted on, and as many to test
-    shots: int = 35  # labels per class of the probe
-    draws: int = 5  # sets of labels without overlap, for a mean and a standard error
+    probe_images: int = 3000  # held-out images that the probe is fitted on, and as many to test
 
     def __post_init__(self):
-        least = dict(patch=1, dim=8, scales=1, blocks=1, warmup=1, shots=1, draws=2)
+        least = dict(patch=1, dim=8, scales=1, blocks=1, warmup=1)
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
@@ -99,14 +97,14 @@ class Config:
         if len(rising) < 4 or any(not a < b for a, b in zip(rising, rising[1:])):
             raise ValueError(f"sigmas must be three or more, positive and rising: {self.sigmas}")
 
-CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, patch=1, dim=128,
-               scales=3, lr=5e-4, save_every=2000, probe_images=5000)
+CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, patch=1, dim=128, scales=3,
+               blocks=2, layer="decoder.3", lr=5e-4, save_every=2000, probe_images=5000)
 PRESETS = {
     "cifar10": CIFAR10 | dict(batch_size=256, steps=12_000, sample_every=4000),
     "paper": CIFAR10 | dict(  # Fig. 6: UNet-64, N = 2^12 of 2^8 ... 2^15; 50 M images
         batch_size=512, steps=97_656, sample_every=12_207, subset=4096, dim=64),
 }
-SAMPLING = ("layer", "sigmas", "probe_images", "shots", "draws")
+SAMPLING = ("layer", "sigmas", "probe_images")
 
 # ---- data ------------------------------------------------------------------------------
 # Images x0 in [-1, 1] and y, for the probes alone, are common's; data of the theory: MoLRG.draw.
@@ -120,7 +118,7 @@ def take(data, cfg, device, n):
     data = argparse.Namespace(**{k: v for k, v in vars(data).items() if k != "iterator"})  # anew
     for step in range(max(1, min(n, data.size) // size)):
         x, y = batch(data, cfg, device, step)
-        rows.append((step * size + torch.arange(len(x)) * WORLD + RANK, to_uint8(x), y))
+        rows.append((step * size + RANK * len(x) + torch.arange(len(x)), to_uint8(x), y))
     return [gather([(row[0], row[i]) for row in rows]).to(device) for i in (1, 2)]
 
 def load_data(cfg, device):
@@ -133,9 +131,8 @@ def load_data(cfg, device):
         order = torch.randperm(data.size, generator=generator)[:cfg.subset].to(device)
         data.images, data.labels, data.size = data.images[order], data.labels[order], cfg.subset
     images, y = take(load_images(cfg, device, "validation"), cfg, device, 2 * cfg.probe_images)
-    fewest = y[:len(y) // 2].bincount(minlength=data.classes).min().item()
-    if fewest < max(5, cfg.shots * cfg.draws):
-        fail(f"shots {cfg.shots} x draws {cfg.draws}: a class has {fewest} held-out images for it")
+    if (fewest := y[:len(y) // 2].bincount(minlength=data.classes).min()) < 5:
+        fail(f"--probe-images {cfg.probe_images}: a class has {fewest}, its subspace needs 5")
     return data, (images, y)
 
 # ---- model -----------------------------------------------------------------------------
@@ -193,9 +190,22 @@ class ConvBlock(nn.Module):
         h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
+class SpatialAttention(nn.Module):
+    """Residual self-attention of one head between the places of a feature map."""
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.qkv = nn.GroupNorm(8, channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
+        qkv = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3)
+        a = F.scaled_dot_product_attention(*qkv)  # (B, 1, H W, C)
+        return x + self.proj(rearrange(a, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
 class DenoisingUNet(nn.Module):
     """F of EDM's denoiser, (B, 3, S, S) and c_noise (B,) -> (B, 3, S, S). Width dim, 2 dim from the
-    second scale on; each encoder block hands its output to a decoder block."""
+    second scale on; attention in the middle; each encoder block hands its output to the decoder."""
     def __init__(self, patch, dim, scales, blocks):
         super().__init__()
         self.patch, self.dim, self.blocks, E = patch, dim, blocks, 2 * dim
@@ -204,6 +214,7 @@ class DenoisingUNet(nn.Module):
         widths = [dim * (1 + (i >= blocks)) for i in range(scales * blocks)]
         self.encoder = nn.ModuleList(map(ConvBlock, [dim, *widths], widths, [E] * len(widths)))
         self.middle = ConvBlock(widths[-1], widths[-1], E)
+        self.attention = SpatialAttention(widths[-1])
         before, back = [widths[-1], *widths[::-1]], widths[::-1]
         self.decoder = nn.ModuleList(ConvBlock(b + w, w, E) for b, w in zip(before, back))
         self.norm_out, self.conv_out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * patch**2, 1)
@@ -217,7 +228,7 @@ class DenoisingUNet(nn.Module):
             h = F.avg_pool2d(h, 2) if i and i % self.blocks == 0 else h
             h = block(h, c)
             skips.append(h)
-        h = self.middle(h, c)
+        h = self.attention(self.middle(h, c))
         for i, block in enumerate(self.decoder):
             h = F.interpolate(h, scale_factor=2) if i and i % self.blocks == 0 else h
             h = block(torch.cat([h, skips.pop()], 1), c)
@@ -228,9 +239,7 @@ class DenoisingUNet(nn.Module):
 
 def snr(h, y, bases):
     """Def. 1: mean over classes k of E |U_k U_k^T h|^2 / E |(I - U_k U_k^T) h|^2. Scalar.
-
-    h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns.
-    """
+    h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns."""
     own = torch.einsum("bn,bnd->bd", h, bases[y]).square().sum(1)
     other = h.square().sum(1) - own
     return torch.stack([own[y == k].mean() / other[y == k].mean() for k in y.unique()]).mean()
@@ -245,7 +254,6 @@ def class_confidence(sigma, d, K, delta):
 
 def snr_formula(sigma, d, K, delta, clean=False):
     """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
-
     clean: x0 itself goes in with the label sigma. Up to 7 times snr at the peak, close elsewhere.
     """
     rate, dd = sigma.square() / delta**2, delta**2
@@ -291,9 +299,7 @@ def sample_edm(net, noise, sampling_steps=18):
 
 def memorising_denoiser(x, sigma, points):
     """E[x0 | x] if the N training points were all there is: softmax(-|x - x_i|^2 / 2 sigma^2) x_i.
-
-    x (B, D), sigma float, points (N, D) -> (B, D)
-    """
+    x (B, D), sigma float, points (N, D) -> (B, D)"""
     near = torch.cdist(x, points, compute_mode="donot_use_mm_for_euclid_dist").square()
     return (-near / (2 * sigma**2)).softmax(1) @ points
 
@@ -318,9 +324,7 @@ def activations(net, layer, x, sigma):
 @torch.enable_grad()
 def logistic_probe(f, y, f_test, classes, l2=1e-2):
     """Logits (m, K) of multinomial logistic regression from f (M, D) to y (M,), for f_test (m, D).
-
-    f is standardised by its mean and std; L-BFGS on mean cross-entropy + l2 / 2 |W|^2.
-    """
+    f is standardised by its mean and std; L-BFGS on mean cross-entropy + l2 / 2 |W|^2."""
     mean, std = f.mean(0), f.std(0) + 1e-6
     X, X_test = ((u - mean) / std for u in (f, f_test))
     W = X.new_zeros(X.shape[1], classes, requires_grad=True)
@@ -335,12 +339,6 @@ def logistic_probe(f, y, f_test, classes, l2=1e-2):
     opt.step(closure)
     return (X_test @ W + b).detach()
 
-def few_shot(y, classes, shots, draws):
-    """Sets of `shots` indices of each class in y (M,), no two overlap: (draws, classes * shots)."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
-    parts = [order[y[order] == k][:shots * draws].view(draws, shots) for k in range(classes)]
-    return torch.cat(parts, 1)
-
 def class_subspaces(f, y, classes, rank=5):
     """Mean (D,) of f / |f| and, per class, its top right singular vectors about that mean,
     (K, D, rank) (Fig. 5). They classify by energy: |U_k^T (f / |f| - mean)|^2."""
@@ -350,9 +348,9 @@ def class_subspaces(f, y, classes, rank=5):
     return mean, torch.stack([V[:rank].T for V in parts])
 
 def unimodality(values):
-    """Where a curve (repeats, levels) peaks, and by how much: dict of numbers.
-
-    rise, drop  peak minus value at the first and the last level; standard errors over the repeats
+    """Where the mean of values (repeats, levels) peaks, and by how much: dict of numbers.
+    rise, drop  peak minus value at the first and the last level; standard errors over the repeats,
+                which are test images and paired
     unimodal    1 if the peak is inside and both exceed two standard errors, else 0
     """
     peak = values.mean(0).argmax().item()
@@ -382,20 +380,20 @@ def collect(net, images, sigma, noisy, cfg, device):
     return torch.cat(parts)
 
 def curve(net, images, y, classes, noisy, cfg, device):
-    """Features at each of cfg.sigmas: accuracy (draws, levels) of few-shot probes that one half of
-    uint8 images (n, 3, S, S) fits, on the other; of class subspaces, and their snr (levels,)."""
+    """Of features at each of cfg.sigmas: which test images a logistic probe and the class subspaces
+    get right, 0 or 1, (n / 2, levels) each; snr (1, levels). The first half of uint8 images
+    (n, 3, S, S) is fitted, the other tested."""
     half, rows = len(y) // 2, []
-    sets = few_shot(y[:half], classes, cfg.shots, cfg.draws)
     for sigma in levels(cfg.sigmas):
         f = collect(net, images, sigma, noisy, cfg, device)
-        logits = [logistic_probe(f[i], y[i], f[half:], classes) for i in sets]
         mean, bases = class_subspaces(f[:half], y[:half], classes)
         h = F.normalize(f[half:]) - mean
-        logits.append(torch.einsum("bn,knd->bkd", h, bases).square().sum(-1))
-        row = [(u.argmax(1) == y[half:]).float().mean() for u in logits]
-        rows.append(torch.stack([*row, snr(h, y[half:], bases)]).cpu())
-    table = torch.stack(rows, 1)  # (draws + 2, levels)
-    return {"accuracy": table[:-2], "subspace": table[-2], "snr": table[-1]}
+        energy = torch.einsum("bn,knd->bkd", h, bases).square().sum(-1)
+        logits = logistic_probe(f[:half], y[:half], f[half:], classes)
+        right = [(u.argmax(1) == y[half:]).float() for u in (logits, energy)]
+        rows.append([*right, snr(h, y[half:], bases)[None]])
+    names = "accuracy", "subspace", "snr"
+    return {name: torch.stack(column, 1).cpu() for name, column in zip(names, zip(*rows))}
 
 def fixed_noise_loss(net, images, cfg, device):
     """image_loss of 2000 draws from uint8 images (n, 3, S, S), the same noise for any images."""
@@ -418,15 +416,16 @@ def measure_curves(net, data, held_out, samples, cfg, device, path):
     if RANK == 0:
         print(f"{'sigma':>8}" + "".join(f"{f'{k} {m}':>16}" for k in curves for m in curves[k]))
         for i, sigma in enumerate(sigmas):
-            row = [m[..., i].mean() for c in curves.values() for m in c.values()]
+            row = [m[:, i].mean() for c in curves.values() for m in c.values()]
             print(f"{sigma:8.3f}" + "".join(f"{value:16.4f}" for value in row))
-        lists = {name: {key: m.tolist() for key, m in c.items()} for name, c in curves.items()}
+        lists = {k: {key: m.mean(0).tolist() for key, m in c.items()} for k, c in curves.items()}
         Path(f"{path}_probe.json").write_text(json.dumps({"sigma": sigmas} | lists))
         with figure(f"{path}_probe.png", 1, 3) as axes:
-            titles = f"accuracy, {cfg.shots} labels a class", "class-subspace accuracy", "SNR"
+            titles = "probe accuracy", "class-subspace accuracy", "SNR"
             for ax, title, key in zip(axes[0], titles, ("accuracy", "subspace", "snr")):
-                for name, m in ((name, torch.atleast_2d(curves[name][key])) for name in curves):
-                    ax.errorbar(sigmas, m.mean(0), m.std(0, correction=0), fmt="o-", label=name)
+                for name, m in ((name, c[key]) for name, c in curves.items()):
+                    error = m.std(0, correction=0) / len(m)**0.5  # of the mean over test images
+                    ax.errorbar(sigmas, m.mean(0), error, fmt="o-", label=name)
                 ax.set(title=title, xlabel="noise level sigma", xscale="log")
             axes[0, 0].legend(title="input", fontsize=7)
         pairs = torch.stack([samples, bank[index].cpu()], 1)[:32].flatten(0, 1)
@@ -460,7 +459,7 @@ def train(cfg):
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
     net = parallel(model, cfg, device)
-    state, result = {"model": model, "ema": ema, "opt": opt}, {}  # result: the latest
+    state, result = {"model": model, "ema": ema, "opt": opt}, {}  # result: not logged yet
 
     for step in steps(cfg, state):
         x0, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -478,6 +477,7 @@ def train(cfg):
             save_grid(images[:64], f"{path}.png", columns=8)
             result = measure_curves(ema, data, held_out, images, cfg, device, path)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **result)
+        result = {} if due(cfg, cfg.log_every, step) else result  # stands in one line only
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample and measure its features, at any layer and levels."""

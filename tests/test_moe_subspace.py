@@ -250,6 +250,51 @@ def test_retraction_is_orthonormal_and_leaves_what_is():
     assert torch.allclose(padded[..., :2].mT @ padded[..., :2], torch.eye(2, dtype=double))
 
 
+def test_tangent_gradient_is_that_of_rotations():
+    """<G, dA> is kept for every turn dA = A skew, and nothing is left for a symmetric change."""
+    A = torch.linalg.qr(torch.randn(2, 7, 3, dtype=double))[0].requires_grad_()
+    G = torch.randn(2, 7, 3, dtype=double)
+    A.grad = G.clone()
+    script.tangent_gradient(A)
+    K = torch.randn(3, 3, dtype=double)
+    for sign, expected in ((-1, (G * (A @ (K - K.T))).sum()), (1, torch.zeros((), dtype=double))):
+        assert torch.allclose((A.grad * (A @ (K + sign * K.T))).sum(), expected, atol=1e-10)
+    off = G - A @ (A.mT @ G)  # off the span it is untouched
+    assert torch.allclose(A.grad - A @ (A.mT @ A.grad), off, atol=1e-10)
+
+
+def test_training_keeps_what_em_found():
+    """A Gaussian expert at the maximum of the likelihood is the best linear filter: training it
+    must not raise its error. (It did, 77 times over, before the gradient was made tangent.)"""
+    scales = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.03, 0.01])
+    turn = torch.linalg.qr(torch.randn(2, 6, 6))[0]
+    x0 = torch.einsum("nkd,ked->nke", scales * torch.randn(4000, 2, 6), turn)
+    experts = script.MoGExperts([6, 6], 1, 6, zero_mean=True)
+    script.fit_em(experts, x0, torch.tensor([4000, 4000]))
+
+    def error(sigma):
+        torch.manual_seed(1)
+        z = x0 + sigma * torch.randn_like(x0)
+        return (experts(z, 1.0, sigma**2)[0] - x0).square().mean().item()
+
+    levels = (0.1, 1.0)
+    before = [error(sigma) for sigma in levels]
+    trained = {name: w for name, w in experts.named_parameters() if w.requires_grad}
+    opt = torch.optim.Adam(trained.values(), 3e-3)
+    for step in range(300):
+        opt.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
+        batch = x0[torch.randint(4000, (64,))]
+        script.score_matching_loss(
+            lambda z, sigma: experts(z, 1.0, sigma**2)[0], batch, 0.02, 10.0
+        ).backward()
+        script.tangent_gradient(experts.V)
+        opt.step()
+        opt.zero_grad()
+        script.qr_retraction(experts.V)
+    for sigma, first in zip(levels, before):
+        assert first < sigma**2 and error(sigma) < 1.02 * first
+
+
 def test_svd_is_not_centred():
     """A subspace that data far from 0 span: the mean is a direction of it, and is kept."""
     A = torch.linalg.qr(torch.randn(20, 3, dtype=double))[0]

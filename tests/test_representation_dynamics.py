@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +16,12 @@ from torch import nn
 
 import representation_dynamics as script
 from common import load_checkpoint, shapes
+from tests.claims import representation_dynamics as claim
 
 SMALL = ["--device", "cpu", "--precision", "fp32", "--compile", "off", "--batch-size", "32"]
 SMALL += ["--steps", "6", "--image-size", "8", "--dim", "16", "--blocks", "1"]
-SMALL += ["--layer", "decoder.0", "--sigmas", "0.01,0.1,1", "--probe-images", "200", "--shots", "5"]
-SMALL += ["--draws", "2", "--log-every", "1", "--sample-every", "6"]
+SMALL += ["--layer", "decoder.0", "--sigmas", "0.01,0.1,1", "--probe-images", "200"]
+SMALL += ["--log-every", "1", "--sample-every", "6"]
 
 SIGMAS = (0.008, 0.023, 0.06, 0.14, 0.296, 0.585, 1.088, 1.923)
 TABLE_4 = (24.88, 25.15, 26.95, 35.84, 58.27, 20.84, 4.05, 1.57)  # K = 2, from the paper
@@ -370,6 +375,21 @@ def test_block_is_two_normalised_convolutions_with_scale_and_shift():
     assert torch.allclose(block(x, c), expected, atol=1e-10)
 
 
+def test_attention_mixes_places_by_softmax_and_starts_as_a_shift():
+    layer, x = script.SpatialAttention(16).double(), torch.randn(3, 16, 2, 4).double()
+    assert torch.allclose(layer(x), x + layer.proj.bias.view(-1, 1, 1))
+    for w in layer.parameters():
+        nn.init.normal_(w, std=0.3)
+    u = layer.norm(x).flatten(2)  # (B, C, N)
+    q, k, v = torch.einsum("oc,bcn->bon", layer.qkv.weight[..., 0, 0], u).chunk(3, 1)
+    q, k, v = (part + bias[:, None] for part, bias in zip((q, k, v), layer.qkv.bias.chunk(3)))
+    share = (torch.einsum("bcn,bcm->bnm", q, k) / 4).softmax(2)  # of place m in place n; 4^2 = C
+    mixed = torch.einsum("bnm,bcm->bcn", share, v)
+    out = torch.einsum("oc,bcn->bon", layer.proj.weight[..., 0, 0], mixed)
+    expected = x.flatten(2) + out + layer.proj.bias[:, None]
+    assert torch.allclose(layer(x).flatten(2), expected, atol=1e-10)
+
+
 def test_activations_are_the_hooked_layer_s_mean_and_the_hook_goes():
     net = small_net()
     x, sigma = torch.randn(5, 3, 8, 8), torch.rand(5) + 0.1
@@ -382,7 +402,7 @@ def test_activations_are_the_hooked_layer_s_mean_and_the_hook_goes():
     half = sum(e1[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
     e2 = net.encoder[2](half, c)
     e3 = net.encoder[3](e2, c)
-    d0 = net.decoder[0](torch.cat([net.middle(e3, c), e3], 1), c)
+    d0 = net.decoder[0](torch.cat([net.attention(net.middle(e3, c)), e3], 1), c)
     d1 = net.decoder[1](torch.cat([d0, e2], 1), c)
     wide = d1.repeat_interleave(2, 2).repeat_interleave(2, 3)
     d2 = net.decoder[2](torch.cat([wide, e1], 1), c)
@@ -430,14 +450,14 @@ def test_probe_of_symmetric_classes_needs_absolute_values():
 
 def test_few_shot_draws_that_many_of_each_class():
     y = torch.arange(1000) % 10
-    sets = script.few_shot(y, 10, 7, 3)
+    sets = claim.few_shot(y, 10, 7, 3)
     assert all(y[index].bincount().tolist() == [7] * 10 for index in sets)
     assert sets.shape == (3, 70) and len(sets.unique()) == 210  # none twice
-    assert torch.equal(sets, script.few_shot(y, 10, 7, 3))
+    assert torch.equal(sets, claim.few_shot(y, 10, 7, 3))
 
 
 def test_probes_of_random_labels_stay_at_chance():
-    cfg, cpu = config("--shots", "25", "--draws", "2"), torch.device("cpu")
+    cfg, cpu = config(), torch.device("cpu")
     net, (images, _) = script.build(cfg), shapes(1000, 8, 3)
     y = torch.cat([torch.randperm(500) % 10 for _ in range(2)])  # a leak would be learned
     got = script.curve(net, images, y, 10, True, cfg, cpu)
@@ -455,7 +475,7 @@ def test_measurements_keep_clean_and_noisy_copies_and_others_apart():
     kept = json.loads(Path("m_probe.json").read_text())
     for kind in ("clean", "noisy"):
         want = script.curve(net, *held_out, 10, kind == "noisy", cfg, cpu)
-        assert kept[kind]["accuracy"] == want["accuracy"].tolist()
+        assert {k: v.mean(0).tolist() for k, v in want.items()} == kept[kind]
     assert kept["clean"]["accuracy"] != kept["noisy"]["accuracy"]
     every, _ = script.take(data, cfg, cpu, 64)
     for name, images in (("train", every), ("held_out", held_out[0])):
@@ -570,9 +590,9 @@ def test_run_leaves_curves_pictures_and_numbers(capsys, refuses):
     assert Image.open("run/samples_0000006.png").size == (8 * 66, 8 * 66)
     assert Image.open("run/samples_0000006_probe.png").width > 600
     kept = json.loads(Path("run/samples_0000006_probe.json").read_text())
-    best = kept["sigma"].index(line["peak"])
-    ends = [[row[best] - row[i] for row in kept["noisy"]["accuracy"]] for i in (0, -1)]
-    assert [sum(e) / len(e) for e in ends] == pytest.approx([line["rise"], line["drop"]], abs=1e-6)
+    best, curve = kept["sigma"].index(line["peak"]), kept["noisy"]["accuracy"]
+    ends = [curve[best] - curve[i] for i in (0, -1)]
+    assert ends == pytest.approx([line["rise"], line["drop"]], abs=1e-6)
     script.main(["--sample", "run/last.pt", "--n", "3", "--npz", "--out", "s", "--layer", "middle"])
     assert Image.open("s/sample.png").size == (8 * 66, 66) and Path("s/sample.npz").exists()
     assert Path("s/sample_probe.png").exists() and "memorised" in capsys.readouterr().out
@@ -605,9 +625,7 @@ def test_interrupted_run_equals_a_whole_one(same_when_interrupted):
         (["--dim", "12"], ["dim 12", "8"]),
         (["--subset", "8"], ["subset 8", "one batch"]),
         (["--subset", "60000"], ["--subset 60000", "50000"]),
-        (["--shots", "0"], ["shots", "at least 1"]),
-        (["--shots", "50"], ["shots 50", "held-out"]),
-        (["--draws", "1"], ["draws", "at least 2"]),
+        (["--probe-images", "16"], ["--probe-images 16", "a class has"]),
         (["--lr", "0"], ["lr"]),
         (["--ema-decay", "1"], ["ema_decay"]),
         (["--preset", "tiny"], ["tiny"]),
@@ -625,3 +643,33 @@ def test_compiled_bf16_on_cuda():
     script.main([flag for flag in SMALL if flag not in own] + ["--out", "run"])
     line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert math.isfinite(line["loss"]) and 0 <= line["accuracy"] <= 1
+
+
+def launch(*flags, ranks):
+    """The script under torchrun: exit status and what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "--", script.__file__, *flags]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_sample_as_one_and_stop_together():
+    status, output = launch(*SMALL, "--subset", "64", "--out", "two", ranks=2)
+    assert status == 0, output
+    lines = [json.loads(x) for x in Path("two/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # written once
+    assert math.isfinite(lines[-1]["held_out"]) and 0 <= lines[-1]["memorised"] <= 1
+    assert output.count("noisy accuracy") == 1 and Path("two/samples_0000006_probe.png").exists()
+    words = []
+    for ranks in (1, 2):
+        status, output = launch("--sample", "two/last.pt", "--n", "600", "--npz", "--device", "cpu",
+                                "--precision", "fp32", "--out", f"s{ranks}", ranks=ranks)
+        assert status == 0, output
+        words.append(next(x for x in output.splitlines() if "memorised" in x).split())
+    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
+    one, two = ([float(x) for x in row[1::2]] for row in words)
+    assert one == pytest.approx(two, abs=0.02)  # the same images, gathered from two ranks
+    status, output = launch(*SMALL, "--out", "odd", "--batch-size", "7", ranks=2)
+    assert status != 0 and "divisible by the 2 ranks" in output and not Path("odd").exists()

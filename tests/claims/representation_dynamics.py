@@ -25,14 +25,15 @@ memorised  The closed-form memorising denoiser of N points, SNR on other points 
            input; the paper's Fig. 6 in the limit of a perfect fit. Agrees if peak over first value
            grows with N over 60, 600, 6000 and the exact denoiser, and is below 1.1 at N = 60.
 images     Fig. 6: unimodality goes with generalisation, and is lost as the network memorises a
-           small set. One network, equal images seen, N training images. Agrees if at every seed the
-           curve of all images is unimodal, that of the smallest N falls or peaks at a smaller
-           level; its memorised share is above 0.5, that of all below 0.05; and held-out loss minus
-           training loss falls with N.
+           small set. One network, equal images seen, N training images; cpu: the script's default
+           run. Noisy input, one probe on all labels. Agrees if at every seed the curve of all
+           images is unimodal (inner peak, two standard errors over test images on both sides), that
+           of the smallest N falls or peaks at a smaller level; its memorised share is above 0.5,
+           that of all below 0.05; and held-out loss minus training loss falls with N.
 sharing    Fig. 13: one network for all levels has better and smoother features than one for each.
            Here an MLP on MoLRG (K = 3), 30 labels a class, five levels. Agrees if at every seed the
            shared one is better at the lowest level and on average, and smoother, at equal steps in
-           total; networks that each get as many steps are shown.
+           total; gpu shows networks that each get as many steps, too.
 ensemble   Tab. 1-2: averaging the logits of five probes at neighbouring levels helps, most with
            wrong labels (EDM 67.2 -> 72.0, with 80 % wrong 40.1 -> 48.2). Agrees if it helps on
            average at 0, 40 and 80 % and more at 80 than at 0. Network: images, on all of them,
@@ -65,6 +66,7 @@ RELAXED = {  # angle between the subspaces in degrees, their ranks, the classes'
     "none": (90, (5, 5), (0.5, 0.5)), "angle 30": (30, (5, 5), (0.5, 0.5)),
     "ranks 10 and 2": (90, (10, 2), (0.5, 0.5)), "weights .8 and .2": (90, (5, 5), (0.8, 0.2))}
 SUBSETS = {"cpu": (64, 512, 4096, 0), "gpu": (256, 1024, 4096, 0)}  # 0: all
+NETWORKS = {"shared": 4000, "separate": 800, "separate, 5 times the steps": 4000}  # steps of each
 
 
 def fixed(n, d, K, delta, seed):
@@ -206,10 +208,17 @@ def relaxed_arm(name, seed, folder, count=10_000):
             | {f"{k}_2": v for k, v in second.items()})
 
 
-def probe_curve(features, y, shots, sigmas, draws=10):
+def few_shot(y, classes, shots, draws):
+    """Sets of `shots` indices of each class in y (M,), no two overlap: (draws, classes * shots)."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
+    parts = [order[y[order] == k][:shots * draws].view(draws, shots) for k in range(classes)]
+    return torch.cat(parts, 1)
+
+
+def probe_curve(features, y, shots, draws=10):
     """Accuracy (draws, levels) of probes on features[level] (n, D): one half fits, one tests."""
     half, K = len(y) // 2, int(y.max()) + 1
-    sets = script.few_shot(y[:half], K, shots, draws)
+    sets = few_shot(y[:half], K, shots, draws)
     rows = [[(script.logistic_probe(f[i], y[i], f[half:], K).argmax(1) == y[half:]).double().mean()
              for f in features] for i in sets]
     return torch.tensor(rows)
@@ -221,7 +230,7 @@ def probe_arm(clean, shots, seed, folder):
     x0, y, eps = pairs(truth, 4000 if shots < 50 else 8000, seed)
     sigma = lambda s: x0.new_full((len(x0),), s)
     features = [truth.features(x0 if clean else x0 + s * eps, sigma(s))[0].abs() for s in PROBE]
-    curve = probe_curve(features, y, shots, PROBE, 10 if shots < 50 else 2)
+    curve = probe_curve(features, y, shots, 10 if shots < 50 else 2)
     return named("acc", PROBE, curve.mean(0).tolist()) | {
         k: v for k, v in script.unimodality(curve).items() if k != "peak"}
 
@@ -240,9 +249,9 @@ def memorised_arm(N, seed, folder):
 def flags(report, N, seed, folder):
     """The command line of an image arm: equal images seen for every N."""
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device, "--subset", N]
-    small, large = ["--steps", 1200, "--sample-every", 1200, "--save-every", 400], [
-        "--preset", "cifar10", "--sample-every", 20_000]
-    return [str(a) for a in argv + (small if report["args"].preset == "cpu" else large)]
+    argv += [] if report["args"].preset == "cpu" else ["--preset", "cifar10", "--sample-every",
+                                                       20_000]
+    return [str(a) for a in argv]
 
 
 def image_arm(report, N, seed, folder):
@@ -255,8 +264,8 @@ def image_arm(report, N, seed, folder):
     metrics = {k: line[k] for k in ("rise", "rise_se", "drop", "drop_se", "unimodal", "memorised",
                                     "train", "held_out")}
     for kind in ("clean", "noisy"):  # the noisy one last: its peak stays
-        curve = torch.tensor(kept[kind]["accuracy"]).mean(0).tolist()
-        metrics |= named("clean" if kind == "clean" else "acc", kept["sigma"], curve)
+        metrics |= named("clean" if kind == "clean" else "acc", kept["sigma"],
+                         kept[kind]["accuracy"])
         metrics |= {key(f"{kind}_subspace", s): v
                     for s, v in zip(kept["sigma"], kept[kind]["subspace"])}
     return metrics | {"gap": line["held_out"] - line["train"], "level": line["peak"]}
@@ -279,23 +288,23 @@ class MLP(nn.Module):
         return self.out(self.features(x, sigma))
 
 
-def sharing_arm(shared, steps, seed, folder):
+def sharing_arm(name, seed, folder):
     """Few-shot accuracy on the last hidden layer of one MLP for all levels, or one for each."""
     truth = fixed(50, 5, 3, 0.2, seed)
     train = truth.draw(20_000, torch.Generator().manual_seed(seed + 900))[0].float()
     torch.manual_seed(seed)
-    if shared:
+    if name == "shared":
         nets = [MLP(50)] * len(SHARING)
-        fit(nets[0], train, steps, 1e-3, 0.01, 3.0)
+        fit(nets[0], train, NETWORKS[name], 1e-3, 0.01, 3.0)
     else:
         nets = [MLP(50) for _ in SHARING]
         for net, s in zip(nets, SHARING):
-            fit(net, train, steps, 1e-3, s, s)
+            fit(net, train, NETWORKS[name], 1e-3, s, s)
     x0, y, eps = (u.float() if u.is_floating_point() else u for u in pairs(truth, 6000, seed))
     with torch.no_grad():
         features = [net.features(x0 + s * eps, x0.new_full((len(x0),), s))
                     for net, s in zip(nets, SHARING)]
-    curve = probe_curve(features, y, 30, SHARING, 5).mean(0)
+    curve = probe_curve(features, y, 30, 5).mean(0)
     rough = curve.diff().diff().abs().mean().item()
     return named("acc", SHARING, curve.tolist()) | {"mean": curve.mean().item(), "rough": rough}
 
@@ -327,7 +336,7 @@ def ensemble_arm(report, wrong, seed, folder):
 
 def run(report):
     """Every table, arm and seed, the quick ones first."""
-    part = functools.partial
+    part, preset = functools.partial, report["args"].preset
     for seed in SEEDS:
         for K in (2, 3):
             arm(report, "snr", f"exact, K = {K}", seed, part(snr_arm, K, False, False, seed))
@@ -341,11 +350,9 @@ def run(report):
         for N in (60, 600, 6000, 0):
             name = f"N = {N}" if N else "exact"
             arm(report, "memorised", name, seed, part(memorised_arm, N, seed))
-        for name, shared, steps in (("shared", True, 4000), ("separate", False, 800),
-                                    ("separate, 5 times the steps", False, 4000)):
-            arm(report, "sharing", name, seed, part(sharing_arm, shared, steps, seed))
+        for name in list(NETWORKS)[:2 if preset == "cpu" else 3]:
+            arm(report, "sharing", name, seed, part(sharing_arm, name, seed))
     arm(report, "snr", "formula, K = 2", 0, part(snr_arm, 2, False, True, 0))
-    preset = report["args"].preset
     for seed in SEEDS[:1] if preset == "cpu" else SEEDS:
         for N in SUBSETS[preset]:
             name = f"N {N or 'all'}"
@@ -437,7 +444,7 @@ def draw_figure(report):
         for metric in ("memorised", "train", "held_out"):
             flat[5].plot(names, [mean(report, "images", name, metric) for name in names], "o-",
                          label=metric.replace("_", " "))
-        for name in ("shared", "separate", "separate, 5 times the steps"):
+        for name in [name for name in NETWORKS if ("sharing", name) in report["done"]]:
             draw(flat[6], "sharing", name, "acc", SHARING)
         wrong = ("0%", "40%", "80%")
         for metric in ("single", "ensemble"):

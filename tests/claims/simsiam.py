@@ -51,8 +51,8 @@ TEACHER = "assets/teacher.safetensors"
 def flags(report, seed, folder):
     """The command line that all arms share."""
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device]
-    small = ["--steps", 400, "--sample-every", 400, "--save-every", 100, "--compile", "off"]
-    small += ["--backbone-args", '{"layers": [2], "channels": [96], "stem_chs": 48}']  # narrow
+    small = ["--image-size", 16, "--steps", 1000, "--sample-every", 1000, "--compile", "off"]
+    small += ["--backbone-args", '{"layers": [2], "channels": [96], "stem_chs": 96}']  # narrow
     large = ["--preset", "cifar10", "--steps", 4850, "--sample-every", 4850]
     return [str(a) for a in argv + (small if report["args"].preset == "cpu" else large)]
 
