@@ -23,9 +23,10 @@ from tests.claims import repa as claim
 
 ROOT = Path(script.__file__).parent
 SMALL = ["--image-size", "16", "--patch", "4", "--dim", "16", "--depth", "3", "--heads", "2"]
-SMALL += ["--align-depth", "2", "--projector-dim", "8", "--batch-size", "8", "--steps", "4"]
-SMALL += ["--log-every", "1", "--save-every", "2", "--sample-every", "100", "--lr", "1e-2"]
-SMALL += ["--sampling-steps", "2", "--device", "cpu", "--precision", "fp32", "--compile", "off"]
+SMALL += ["--pool", "2", "--align-depth", "2", "--projector-dim", "8", "--batch-size", "8"]
+SMALL += ["--steps", "4", "--lr", "1e-2", "--log-every", "1", "--save-every", "2"]
+SMALL += ["--sample-every", "100", "--sampling-steps", "2", "--device", "cpu"]
+SMALL += ["--precision", "fp32", "--compile", "off"]
 PATHS = ("linear", "vp")
 
 
