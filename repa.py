@@ -58,13 +58,13 @@ class Config:
     flip: bool = False  # mirror half of the images, the same for the encoder
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 32  # images per step, summed over all GPUs
-    steps: int = 3000  # optimizer steps
+    steps: int = 2400  # optimizer steps
     lr: float = 2e-3  # AdamW, betas (0.9, 0.999), no decay, constant; the projector's, too
     ema_decay: float = 0.999  # of the weights that are sampled
     grad_clip: float = 1.0  # largest norm of the gradient (SiT alone: none)
     log_every: int = 100  # steps between two lines in metrics.jsonl
-    save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1500  # steps between two sample grids
+    save_every: int = 400  # steps between two checkpoints
+    sample_every: int = 1200  # steps between two sample grids
     encoder: str = "assets/teacher.safetensors"  # f: a file of simsiam.py, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
