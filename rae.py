@@ -2,29 +2,25 @@
 
 Paper     Zheng, Ma, Tong, Xie. Diffusion Transformers with Representation Autoencoders.
           arXiv:2510.11690v1 (RAE)
-Here      autoencoder: common.load_encoder, ViTDecoder, decoder training train_decoder with the
-          noise of noisy_tokens; the flow: shift_time, flow_loss, euler_ode, AutoGuidance and
-          classifier-free guidance guided_flow; DiT and, with a wide head, DiT^DH: DiTDH
+Here      autoencoder: common.load_encoder, ViTDecoder, noisy_tokens, train_decoder; DiT and, with
+          a wide head, DiT^DH: DiTDH; flow: shift_time, flow_loss, euler_ode, guided_flow
 Changed   queries and keys are normalised (paper: not), rotary embedding turns the channels (i, i +
           D / 2), a renaming; all linear maps start as Xavier's; one SiLU, not two, before the base
           blocks of DiT^DH; mean and variance of latents per channel (released: per position, too,
           without mean for DINOv2-B); t is not cut at 0.999, and 50 Euler steps end at t = 0 (code:
-          49, at 0.0069). Decoder: noise sigma is half-normal, as in the paper (code: uniform); the
-          output is in [-1, 1], not in the encoder's units; PatchGAN, not heads on DINO-S/8 with
-          DiffAug; 1e-4 for 1e-6 in the adaptive weight; centre squares, not random crops. By
-          default L1 is its only loss, no LPIPS and no GAN: VGG needs a download, and the one small
-          classifier here is the judge of samples
-Left out  the decoder that upsamples, 512 pixels; gradient accumulation
+          49, at 0.0069). Decoder: output in [-1, 1], not in the encoder's units; PatchGAN, not
+          heads on DINO-S/8 with DiffAug; 1e-4 for 1e-6 in the adaptive weight; centre squares, not
+          random crops. By default L1 is its only loss, no LPIPS and no GAN: VGG needs a download,
+          and the one small classifier here is the judge of samples
+Left out  the decoder that upsamples; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
           eps  noise like z                           t      0 = data ... 1 = noise, float32 (B,)
           v    eps - z, the velocity                  alpha  factor of the odds t / (1 - t)
           y    class, int64 (B,); `classes` = none    sigma  of the decoder's noise, scale tau
-          d    width of DiT, D of its head            *_hat  predicted by a network
 Run       python rae.py                      # not measured
           python rae.py --preset cifar10     # not measured
           torchrun --nproc-per-node 8 rae.py --preset paper --data <folder>         # not measured
-          torchrun --nproc-per-node 8 rae.py --preset paper-s --data <folder>       # not measured
           torchrun --nproc-per-node 8 -- rae.py --sample runs/rae-paper/last.pt --guidance 1.42 \\
               --weak runs/rae-paper-s/last.pt --n 50000 --npz                       # not measured
 """
@@ -61,7 +57,7 @@ class Config:
     steps: int = 1000  # optimizer steps of the last stage
     lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay
     ema_decay: float = 0.995  # of the transformer that is sampled
-    grad_clip: float = 1.0  # largest norm of the gradient, last stage only
+    grad_clip: float = 1.0  # largest norm of the gradient, last stage only; 0: any
     log_every: int = 50  # steps between two lines in metrics.jsonl
     save_every: int = 500  # steps between two checkpoints
     sample_every: int = 500  # steps between two grids of reconstructions and samples
@@ -91,48 +87,41 @@ class Config:
     decoder_dim: int = 128  # width of the decoder
     decoder_depth: int = 3  # its blocks
     decoder_heads: int = 4  # its attention heads
-    decoder_hidden: int = 512  # width inside its MLPs
+    decoder_mlp: int = 512  # width inside its MLPs
     tau: float = 0.8  # scale of the noise on the tokens that the decoder is trained on
     sigma_law: str = "half-normal"  # half-normal | uniform: |N(0, tau^2)| (paper), U(0, tau) (code)
     perceptual: str = "none"  # none | lpips: added to L1 with weight 1; lpips downloads VGG
     gan: float = 0.0  # weight of the adversarial term; 0: none
 
     def __post_init__(self):
-        S, p, dim, own = self.image_size, self.patch, self.dim, self.decoder_dim
-        counts = p, dim, self.depth, self.heads, self.head_heads, self.sampling_steps, own
-        counts += self.decoder_depth, self.decoder_heads, self.decoder_hidden, self.decoder_steps
-        sizes = self.lr, self.decoder_lr, self.grad_clip, self.alpha, self.tau, self.gan
-        for ok, message in (
-                (min(*counts, self.decoder_batch_size) > 0, "patch, sampling_steps, decoder_steps, "
-                 "decoder_batch_size, widths, depths and heads must be at least 1"),
-                (0 <= min(sizes) <= max(sizes) < math.inf,
-                 "lr, decoder_lr, grad_clip, alpha, tau and gan must not be negative or infinite"),
-                (0 <= min(self.head_dim, self.head_depth, self.lr_flat),
-                 "head_dim, head_depth and lr_flat must not be negative"),
-                (all(0 <= v < 1 for v in (self.ema_decay, self.decoder_ema, self.label_drop)),
-                 "ema_decay, decoder_ema and label_drop must be in [0, 1)"),
-                (S % p == 0, f"image_size {S} is not divisible by patch {p}"),
-                (dim % (4 * self.heads) == 0,
-                 f"dim / heads must be a multiple of 4, got {dim} / {self.heads}"),
-                (self.head_depth == 0 or 0 == self.head_dim % (4 * self.head_heads) < self.head_dim,
-                 f"head_dim / head_heads must be a multiple of 4, got {self.head_dim} / "
-                 f"{self.head_heads}; head_depth 0 is without head"),
-                (own % 4 == own % self.decoder_heads == 0,
-                 f"decoder_dim {own} must be a multiple of 4 and of decoder_heads"),
-                (not self.gan or S >= 24, "the discriminator needs image_size 24 or more; or gan 0"),
-                (not self.weak or self.guidance != 1, "weak has no effect at guidance 1")):
-            if not ok:
-                raise ValueError(message)
+        for name in """patch dim depth heads head_dim head_heads sampling_steps decoder_steps
+                decoder_batch_size decoder_dim decoder_depth decoder_heads decoder_mlp""".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in "lr decoder_lr grad_clip alpha tau gan head_depth lr_flat".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("ema_decay", "decoder_ema", "label_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("dim / heads", "head_dim / head_heads", "decoder_dim / decoder_heads"):
+            width, heads = (getattr(self, word) for word in name.split(" / "))
+            if width % (4 * heads):
+                raise ValueError(f"{name} must be a multiple of 4, got {width} / {heads}")
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
+        if self.gan and self.image_size < 24:
+            raise ValueError("the discriminator needs image_size 24 or more; or gan 0")
+        if self.weak and self.guidance == 1:
+            raise ValueError("weak has no effect at guidance 1")
 
-PAPER = dict(  # DINOv2-B, ViT-XL decoder and DiT^DH-XL on ImageNet 256
-    data="data/imagenet", image_size=256, flip=True, batch_size=1024,
-    steps=1_000_800,  # 800 epochs of 1251 steps
-    lr=2e-4, ema_decay=0.9995, log_every=100, save_every=5000, sample_every=25_020,
+PAPER = dict(  # ImageNet 256: 800 epochs of 1251 steps, 40 at full lr; decoder: 16 epochs of 2502
+    data="data/imagenet", image_size=256, flip=True, batch_size=1024, steps=1_000_800, lr=2e-4,
+    ema_decay=0.9995, log_every=100, save_every=5000, sample_every=25_020, lr_flat=50_040,
     encoder="timm:vit_base_patch14_reg4_dinov2.lvd142m", patch=16, dim=1152, depth=28, heads=16,
-    head_dim=2048, head_depth=2, head_heads=16, lr_flat=50_040,  # 40 epochs
-    decoder_steps=40_032,  # 16 epochs of 2502 steps
-    decoder_batch_size=512, decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152,
-    decoder_depth=28, decoder_heads=16, decoder_hidden=4096, perceptual="lpips", gan=0.75)
+    head_dim=2048, head_depth=2, head_heads=16, decoder_steps=40_032, decoder_batch_size=512,
+    decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152, decoder_depth=28, decoder_heads=16,
+    decoder_mlp=4096, perceptual="lpips", gan=0.75)
 SHARED = PAPER | dict(decoder_dir="runs/rae-paper/decoder")
 PRESETS = {
     "cifar10": dict(  # the small teacher is for shapes; DINOv2-S is downloaded
@@ -141,7 +130,7 @@ PRESETS = {
         encoder="timm:vit_small_patch14_reg4_dinov2.lvd142m", dim=384, depth=12, heads=6,
         head_dim=768, head_depth=2, head_heads=12, lr_flat=10_000, decoder_steps=10_000,
         decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998, decoder_dim=384,
-        decoder_depth=6, decoder_heads=6, decoder_hidden=1536, gan=0.75),
+        decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
     "paper": PAPER,
     "paper-s": SHARED | dict(  # DiT^DH-S, 14 epochs: the weak network of the best FID, 1.13
         steps=17_514, dim=384, depth=12, heads=6),
@@ -149,7 +138,7 @@ PRESETS = {
 }
 SAMPLING = ("sampling_steps", "guidance", "weak")
 DECODER_FIELDS = """seed device precision compile data image_size skip_bad log_every save_every
-sample_every encoder patch decoder_dim decoder_depth decoder_heads decoder_hidden tau sigma_law
+sample_every encoder patch decoder_dim decoder_depth decoder_heads decoder_mlp tau sigma_law
 perceptual gan"""
 
 # ---- data ------------------------------------------------------------------------------
@@ -239,9 +228,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 class TokenBlock(Block):
-    # Block whose shifts, scales and gates differ from token to token
-    """Block of the wide head: the condition s has a vector for every token."""
-
+    """Block of the wide head: its shifts, scales and gates differ from token to token."""
     def forward(self, x, s, table):  # (B, N, D), (B, N, D), (2, N, D / heads / 2) -> (B, N, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(s).chunk(6, -1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, table)
@@ -256,12 +243,8 @@ def position_table(side, dim):
     return torch.cat([column, row], -1).flatten(0, 1)
 
 class DiTDH(nn.Module):
-    """Noisy latents (B, N, n), time, class -> velocity, zero at initialisation: DiT, or DiT^DH.
-
-    depth blocks of width dim; with head_depth their output is not the velocity but the condition,
-    token by token, of head_depth blocks of width head_dim, which read the noisy latents anew.
-    """
-
+    """Noisy latents (B, N, n), time, class -> velocity, zero at initialisation: DiT; or DiT^DH,
+    whose head_depth wide blocks read the latents anew, conditioned token by token on the others."""
     def __init__(self, side, channels, classes, dim, depth, heads, head_dim=0, head_depth=0,
                  head_heads=1):
         super().__init__()
@@ -281,10 +264,8 @@ class DiTDH(nn.Module):
         self.output = nn.Linear(width, channels)
         self.register_buffer("rate", torch.randn(256))  # of the time features, not trained
         self.register_buffer("position", position_table(side, dim), persistent=False)
-        table = rotary_table(side, dim // heads, 0)
-        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("rotary", rotary_table(side, dim // heads, 0), persistent=False)
         self.initialize()
-
     def initialize(self):
         """Xavier for linear maps, N(0, 0.02^2) for embeddings, 0 for modulations and the output."""
         for module in self.modules():
@@ -293,10 +274,9 @@ class DiTDH(nn.Module):
                 nn.init.zeros_(module.bias)
         for weight in (self.time[0].weight, self.time[2].weight, self.label.weight):
             nn.init.normal_(weight, std=0.02)
-        blocks = *self.blocks, *self.head_blocks
-        for module in (*[block.modulation for block in blocks], self.modulation, self.output):
-            nn.init.zeros_(module.weight)
-
+        for module in (self, *self.blocks, *self.head_blocks):
+            nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.output.weight)
     def forward(self, zt, t, y):  # (B, N, n), (B,), (B,) -> (B, N, n)
         angle = 2 * math.pi * t[:, None] * self.rate  # t in [0, 1], as in the authors' code
         e_t = self.time(torch.cat([angle.sin(), angle.cos()], -1))  # (B, D)
@@ -315,7 +295,6 @@ class DiTDH(nn.Module):
 
 class ViTDecoder(nn.Module):
     """Tokens (B, N, n) as the encoder gives them -> images (B, 3, S, S): the decoder of MAE."""
-
     def __init__(self, side, channels, patch, dim, depth, heads, hidden):
         super().__init__()
         self.side, self.patch = side, patch
@@ -326,7 +305,6 @@ class ViTDecoder(nn.Module):
             for _ in range(depth)])
         self.norm, self.output = nn.LayerNorm(dim, 1e-12), nn.Linear(dim, 3 * patch**2)
         self.register_buffer("position", position_table(side, dim), persistent=False)
-
     def forward(self, f):
         h, p = self.embed(f) + self.position, self.patch
         h = torch.cat([self.extra.expand(len(h), -1, -1).to(h.dtype), h], 1)  # as MAE's class token
@@ -437,18 +415,11 @@ def build(cfg, channels, classes):
 def build_decoder(cfg, channels):
     """The decoder of this config."""
     return ViTDecoder(cfg.image_size // cfg.patch, channels, cfg.patch, cfg.decoder_dim,
-                      cfg.decoder_depth, cfg.decoder_heads, cfg.decoder_hidden)
-
-def shift(cfg, channels):
-    """The factor alpha of this config."""
-    return cfg.alpha or shift_factor((cfg.image_size // cfg.patch)**2 * channels)
+                      cfg.decoder_depth, cfg.decoder_heads, cfg.decoder_mlp)
 
 @torch.no_grad()
 def latent_statistics(encoder, data, cfg, device, images=10_000):
-    """Mean and standard deviation of the channels of training images' tokens: (2, n).
-
-    Of as many images, the same ones whatever the seed: one network may guide another.
-    """
+    """Mean and standard deviation of the tokens' channels, (2, n); the same for every seed."""
     cfg, moments = dataclasses.replace(cfg, seed=0, flip=False), []
     for step in range(max(1, int(min(images, data.size) // cfg.batch_size))):
         with autocast(cfg, device):
@@ -464,9 +435,10 @@ def draw(net, weak, latents, y, cfg, device, generator):
     mean, std = latents
     shape = len(y), (cfg.image_size // cfg.patch)**2, len(mean)
     noise, y = torch.randn(shape, generator=generator).to(device), y.to(device)
+    alpha = cfg.alpha or shift_factor(noise[0].numel())  # as in training
     with autocast(cfg, device):
         velocity = lambda zt, t: guided_flow(net, weak, zt, t, y, cfg.guidance)
-        return euler_ode(velocity, noise, shift(cfg, shape[2]), cfg.sampling_steps) * std + mean
+        return euler_ode(velocity, noise, alpha, cfg.sampling_steps) * std + mean
 
 @torch.no_grad()
 def decode(decoder, f, cfg, device):
@@ -478,8 +450,8 @@ def decode(decoder, f, cfg, device):
 def round_trip(encoder, decoder, x, cfg, device):
     """x_hat of images x (n, 3, S, S), encoded and decoded, and its PSNR in dB, mean over n."""
     with autocast(cfg, device):
-        parts = [decode(decoder, encoder(part).float(), cfg, device) for part in x.split(256)]
-    x_hat = torch.cat(parts)
+        f = torch.cat([encoder(part).float() for part in x.split(256)])
+    x_hat = torch.cat([decode(decoder, part, cfg, device) for part in f.split(256)])
     return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean()
 
 def train_decoder(cfg, encoder, held_out, device):
@@ -512,19 +484,18 @@ def train_decoder(cfg, encoder, held_out, device):
             f = encoder(x).float()  # (B, N, n); the encoder is frozen
             x_hat = net(noisy_tokens(f, cfg.tau, cfg.sigma_law)).float()
         l1 = (x_hat - x).abs().mean() / 2  # of pixels in [0, 1]
-        reference = l1 + lpips(x_hat, x).mean() if lpips else l1
-        loss, values = reference, {"l1": l1}
+        rec = l1 + lpips(x_hat, x).mean() if lpips else l1
+        loss, values = rec, {"l1": l1}
         if cfg.gan:
             critic.requires_grad_(False)
             with autocast(cfg, device):
                 adversarial = hinge_generator(critic(x_hat))
-            w = adaptive_weight(reference, adversarial, model.output.weight)
-            w = cfg.gan * (epoch > 8) * w
+            w = cfg.gan * (epoch > 8) * adaptive_weight(rec, adversarial, model.output.weight)
             loss = loss + w * adversarial
             values |= {"adversarial": adversarial, "w_gan": w}
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        lr = cfg.lr * min(1, epoch, 0.55 + 0.45 * math.cos(math.pi * epoch / 16))
+        lr = cfg.lr * min(1, epoch, 0.55 + 0.45 * math.cos(math.pi * epoch / 16))  # to a tenth
         opt.param_groups[0]["lr"] = lr
         opt.step()
         opt.zero_grad()
@@ -547,22 +518,24 @@ def train_decoder(cfg, encoder, held_out, device):
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **psnr)
     return ema
 
-def load_weak(cfg, device, channels):
-    """The network of --weak for AutoGuidance; None if there is none."""
-    if not cfg.weak:
-        return None
+def load_weak(cfg, channels, device):
+    """The network of --weak, for AutoGuidance, of latents alike."""
     saved = load_checkpoint(cfg.weak)
     with explain(f"--weak {cfg.weak} does not fit", KeyError, TypeError, ValueError, RuntimeError):
-        weak = build(Config(**saved["config"]), channels, saved["classes"]).to(device)
-        weak.load_state_dict(saved["ema"])
-        if saved["config"]["encoder"] != cfg.encoder:
-            raise ValueError(f"its encoder is {saved['config']['encoder']}")
-    return weak.eval().requires_grad_(False)
+        theirs = Config(**saved["config"])
+        for name in ("data", "image_size", "encoder", "patch"):
+            if getattr(theirs, name) != getattr(cfg, name):
+                raise ValueError(f"it has {name} {getattr(theirs, name)}")
+        net = build(theirs, channels, saved["classes"]).to(device)
+        net.load_state_dict(saved["ema"])
+    return net.eval().requires_grad_(False)
 
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
-    weak, held_out = load_weak(cfg, device, encoder.dim), held_out_images(cfg, device)
+    weak = load_weak(cfg, encoder.dim, device) if cfg.weak else None
+    held_out = held_out_images(cfg, device)
+    shown = held_out[torch.arange(20) % len(held_out)]
     if cfg.fresh and RANK == 0:
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
     decoder = train_decoder(cfg, encoder, held_out, device)
@@ -575,17 +548,17 @@ def train(cfg):
     net = parallel(model, cfg, device)
     state = {"model": model, "ema": ema, "opt": opt, "decoder": decoder, "latents": latents,
              "classes": data.classes}
-    seen = round_trip(encoder, decoder, held_out[:20], cfg, device)[0]
+    seen = round_trip(encoder, decoder, shown, cfg, device)[0]
 
     for step in steps(cfg, state):
         x, y = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1], (B,)
         y = torch.where(torch.rand(len(y), device=device) < cfg.label_drop, data.classes, y)
-        t = flow_time(len(x), cfg.time_law, shift(cfg, encoder.dim), device)  # (B,)
         with autocast(cfg, device):
-            z = (encoder(x).float() - mean) / std  # (B, N, n)
+            z = (encoder(x).float() - mean) / std  # (B, N, n); the encoder is frozen
+            t = flow_time(len(z), cfg.time_law, cfg.alpha or shift_factor(z[0].numel()), device)
             loss = flow_loss(net, z, y, t)
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         late = max(0, step - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1
         opt.param_groups[0]["lr"] = lr = cfg.lr * (1 - 0.9 * late)
         opt.step()
@@ -596,23 +569,22 @@ def train(cfg):
             rows, generator = class_rows(data.classes), torch.Generator().manual_seed(0)
             f = draw(ema, weak, latents, rows, cfg, device, generator)
             images = decode(decoder, f, cfg, device).unflatten(0, (-1, 8))
-            pairs = torch.stack([held_out[:20], seen], 1)[:2 * len(images)].unflatten(0, (-1, 2))
-            both = torch.cat([pairs.flatten(1, 2), images], 1).flatten(0, 1)
+            pairs = torch.stack([shown, seen], 1).view(10, 4, *shown.shape[1:])[:len(images)]
+            both = torch.cat([pairs, images], 1).flatten(0, 1)
             save_grid(both, f"{cfg.out}/samples_{step + 1:07d}.png", columns=12)
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, image i of class i mod classes; the PNG shows ten."""
     device, saved = setup(cfg), load_checkpoint(cfg.sample)
     latents, classes, parts = saved["latents"].to(device), saved["classes"], []
-    channels = latents.shape[1]
-    net, decoder = (net.to(device).eval().requires_grad_(False)
-                    for net in (build(cfg, channels, classes), build_decoder(cfg, channels)))
-    net.load_state_dict(saved["ema"])
-    decoder.load_state_dict(saved["decoder"])
-    weak, y = load_weak(cfg, device, channels), torch.arange(cfg.n) % classes
+    y, n = torch.arange(cfg.n) % classes, latents.shape[1]
+    nets = {"ema": build(cfg, n, classes), "decoder": build_decoder(cfg, n)}
+    for name, net in nets.items():
+        net.to(device).eval().requires_grad_(False).load_state_dict(saved[name])
+    weak = load_weak(cfg, n, device) if cfg.weak else None
     for i, generator in shares(cfg.n, 250, cfg.seed):
-        f = draw(net, weak, latents, y[i], cfg, device, generator)
-        parts.append((i, to_uint8(decode(decoder, f, cfg, device))))
+        f = draw(nets["ema"], weak, latents, y[i], cfg, device, generator)
+        parts.append((i, to_uint8(decode(nets["decoder"], f, cfg, device))))
     images = gather(parts)
     columns = max(1, min(8, cfg.n // classes))
     rows = [images[y == k][:columns] for k in range(min(classes, 10))]
