@@ -3,16 +3,17 @@
 Paper     Zheng, Ma, Tong, Xie. Diffusion Transformers with Representation Autoencoders.
           arXiv:2510.11690v1 (RAE)
 Here      autoencoder: common.load_encoder, ViTDecoder, noisy_tokens, train_decoder; DiT and, with
-          a wide head, DiT^DH: DiTDH; flow: shift_time, flow_loss, euler_ode, guided_flow
+          a wide head, DiT^DH: DiTDH; flow: shift_time, latent_flow_loss, euler_ode, guided_flow
 Changed   queries and keys are normalised (paper: not), rotary embedding turns the channels (i, i +
           D / 2), a renaming; all linear maps start as Xavier's; one SiLU, not two, before the base
           blocks of DiT^DH; mean and variance of latents per channel (released: per position, too,
           without mean for DINOv2-B); t is not cut at 0.999, and 50 Euler steps end at t = 0 (code:
-          49, at 0.0069). Decoder: output in [-1, 1], not in the encoder's units; PatchGAN, not
-          heads on DINO-S/8 with DiffAug; 1e-4 for 1e-6 in the adaptive weight; centre squares, not
-          random crops. By default L1 is its only loss, no LPIPS and no GAN: VGG needs a download,
-          and the one small classifier here is the judge of samples
-Left out  the decoder that upsamples; 512 pixels
+          49, at 0.0069). Decoder: output in [-1, 1], not in the encoder's units; PatchGAN as the
+          discriminator; 1e-4 for 1e-6 in the adaptive weight; centre squares, not random crops. By
+          default L1 is its only loss, no LPIPS and no GAN: VGG needs a download, and the one small
+          classifier here is the judge of samples
+Left out  the discriminator's trained heads on a frozen DINO-S/8, and DiffAug; the decoder that
+          upsamples; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
           eps  noise like z                           t      0 = data ... 1 = noise, float32 (B,)
@@ -117,11 +118,11 @@ class Config:
 
 PAPER = dict(  # ImageNet 256: 800 epochs of 1251 steps, 40 at full lr; decoder: 16 epochs of 2502
     data="data/imagenet", image_size=256, flip=True, batch_size=1024, steps=1_000_800, lr=2e-4,
-    ema_decay=0.9995, log_every=100, save_every=5000, sample_every=25_020, lr_flat=50_040,
+    ema_decay=0.9995, grad_clip=1.0, log_every=100, save_every=5000, sample_every=25_020,
     encoder="timm:vit_base_patch14_reg4_dinov2.lvd142m", patch=16, dim=1152, depth=28, heads=16,
-    head_dim=2048, head_depth=2, head_heads=16, decoder_steps=40_032, decoder_batch_size=512,
-    decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152, decoder_depth=28, decoder_heads=16,
-    decoder_mlp=4096, perceptual="lpips", gan=0.75)
+    head_dim=2048, head_depth=2, head_heads=16, lr_flat=50_040, decoder_steps=40_032,
+    decoder_batch_size=512, decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152,
+    decoder_depth=28, decoder_heads=16, decoder_mlp=4096, perceptual="lpips", gan=0.75)
 SHARED = PAPER | dict(decoder_dir="runs/rae-paper/decoder")
 PRESETS = {
     "cifar10": dict(  # the small teacher is for shapes; DINOv2-S is downloaded
@@ -300,9 +301,8 @@ class ViTDecoder(nn.Module):
         self.side, self.patch = side, patch
         self.embed = nn.Linear(channels, dim)
         self.extra = nn.Parameter(0.02 * torch.randn(1, 1, dim))  # at 0 LayerNorm's slope is 1e6
-        self.blocks = nn.Sequential(*[  # pre-norm
-            nn.TransformerEncoderLayer(dim, heads, hidden, 0.0, F.gelu, 1e-12, True, True)
-            for _ in range(depth)])
+        layer = dim, heads, hidden, 0.0, F.gelu, 1e-12, True, True  # batch first, norm first
+        self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(*layer) for _ in range(depth)])
         self.norm, self.output = nn.LayerNorm(dim, 1e-12), nn.Linear(dim, 3 * patch**2)
         self.register_buffer("position", position_table(side, dim), persistent=False)
     def forward(self, f):
@@ -379,7 +379,7 @@ def flow_time(n, law, alpha, device):
     t = torch.rand(n, device=device) if uniform else torch.randn(n, device=device).sigmoid()
     return shift_time(t, alpha)
 
-def flow_loss(net, z, y, t):
+def latent_flow_loss(net, z, y, t):
     """Squared error of the velocity, its mean; z (B, N, n) normalised latents, t (B,). Scalar."""
     eps, s = torch.randn_like(z), t.view(-1, 1, 1)
     v_hat = net((1 - s) * z + s * eps, t, y).float()  # float32 again: only the net runs in bf16
@@ -556,7 +556,7 @@ def train(cfg):
         with autocast(cfg, device):
             z = (encoder(x).float() - mean) / std  # (B, N, n); the encoder is frozen
             t = flow_time(len(z), cfg.time_law, cfg.alpha or shift_factor(z[0].numel()), device)
-            loss = flow_loss(net, z, y, t)
+            loss = latent_flow_loss(net, z, y, t)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         late = max(0, step - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1

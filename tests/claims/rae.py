@@ -147,7 +147,7 @@ def width_arm(kind, d, blocks, head, seed, steps=1500):
     for step in range(steps):
         opt.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps))
         t = script.flow_time(32, "logit-normal", 1.0, "cpu")
-        loss = script.flow_loss(net, image.expand(32, -1, -1), y, t)
+        loss = script.latent_flow_loss(net, image.expand(32, -1, -1), y, t)
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -340,7 +340,7 @@ def image_arm(preset, name, encoder, seed, folder, device, flags, noisy, clean):
     t = script.flow_time(len(z), cfg.time_law, alpha, device)
     with autocast(cfg, device):
         groups = zip(*(u.split(250) for u in (z, y, t)))
-        loss = [script.flow_loss(net, *group).item() for group in groups]
+        loss = [script.latent_flow_loss(net, *group).item() for group in groups]
     width = cfg.head_dim if cfg.head_depth else cfg.dim
     spectrum = 1 + torch.linalg.eigvalsh(z.flatten(0, 1).T.cov().cpu().double())  # ascending
     rest = spectrum[:max(0, len(spectrum) - width)]
