@@ -295,7 +295,7 @@ class DiTDH(nn.Module):
         return self.output(self.norm(h) * (1 + scale) + shift)
 
 class ViTDecoder(nn.Module):
-    """Tokens (B, N, n) as the encoder gives them -> images (B, 3, S, S): the decoder of MAE."""
+    """The decoder of MAE: tokens as the encoder gives them -> images."""
     def __init__(self, side, channels, patch, dim, depth, heads, hidden):
         super().__init__()
         self.side, self.patch = side, patch
@@ -305,7 +305,7 @@ class ViTDecoder(nn.Module):
         self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(*layer) for _ in range(depth)])
         self.norm, self.output = nn.LayerNorm(dim, 1e-12), nn.Linear(dim, 3 * patch**2)
         self.register_buffer("position", position_table(side, dim), persistent=False)
-    def forward(self, f):
+    def forward(self, f):  # (B, N, n) -> (B, 3, S, S)
         h, p = self.embed(f) + self.position, self.patch
         h = torch.cat([self.extra.expand(len(h), -1, -1).to(h.dtype), h], 1)  # as MAE's class token
         h = self.output(self.norm(self.blocks(h)))[:, 1:]  # (B, N, p q c)
@@ -467,7 +467,7 @@ def train_decoder(cfg, encoder, held_out, device):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
     plain = dataclasses.replace(cfg, compile="off")
-    net = parallel(model, plain if cfg.gan else cfg, device)  # a compiled graph has no partial one
+    net = parallel(model, plain if cfg.gan else cfg, device)  # w_gan is a gradient of one layer
     state = {"model": model, "ema": ema, "opt": opt}
     if cfg.gan:
         critic = PatchGAN().to(device)

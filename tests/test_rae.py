@@ -17,6 +17,7 @@ from torch import nn
 
 import rae as script
 from common import load_checkpoint, load_encoder, shapes
+from tests.claims import rae as claim
 
 ROOT = Path(script.__file__).parent
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
@@ -611,6 +612,31 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses, 
 def test_lpips_without_its_package_says_what_to_install(refuses, small_data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     refuses(lambda: script.main(SMALL + ["--perceptual", "lpips"]), "lpips")
+
+
+# ---- the claim's own parts -------------------------------------------------------------
+
+
+def test_patches_in_the_place_of_an_encoder_are_undone_exactly():
+    x = torch.randn(2, 3, 12, 12)
+    f = claim.Pixels(4)(x)
+    assert f.shape == (2, 9, 48) and torch.equal(claim.Unpatch(4)(f), x)
+
+
+def test_token_net_is_bounded_by_its_width_and_freed_by_its_head():
+    for d, head, rank in ((8, 0, 8), (8, 24, 20)):
+        net = stir(claim.TokenNet(20, d, 2, head), 0.5)
+        v = net(torch.randn(40, claim.TOKENS, 20), torch.rand(40), None).detach().flatten(0, 1)
+        assert torch.linalg.matrix_rank((v - v.mean(0)).double(), rtol=1e-5) == rank
+
+
+def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
+    one, again, other = (claim.random_encoder(tmp_path / str(i), s) for i, s in enumerate((0, 0, 1)))
+    weights = [load_encoder(str(p), 2, "plain").state_dict() for p in (one, again, other)]
+    teacher = load_encoder("assets/teacher.safetensors", 2, "plain").state_dict()
+    assert {k: w.shape for k, w in teacher.items()} == {k: w.shape for k, w in weights[0].items()}
+    same = lambda a, b: all(torch.equal(w, b[name]) for name, w in a.items())
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
 
 
 @pytest.mark.slow
