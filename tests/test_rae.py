@@ -631,8 +631,8 @@ def test_token_net_is_bounded_by_its_width_and_freed_by_its_head():
 
 
 def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
-    one, again, other = (claim.random_encoder(tmp_path / str(i), s) for i, s in enumerate((0, 0, 1)))
-    weights = [load_encoder(str(p), 2, "plain").state_dict() for p in (one, again, other)]
+    paths = [claim.random_encoder(tmp_path / name, int(name[0])) for name in ("0", "0 again", "1")]
+    weights = [load_encoder(str(path), 2, "plain").state_dict() for path in paths]
     teacher = load_encoder("assets/teacher.safetensors", 2, "plain").state_dict()
     assert {k: w.shape for k, w in teacher.items()} == {k: w.shape for k, w in weights[0].items()}
     same = lambda a, b: all(torch.equal(w, b[name]) for name, w in a.items())
