@@ -567,7 +567,7 @@ def draw_figure(report):
         ax.set(title="images: Fréchet distance")
         ax, alphas = axes[1, 1], [m("images", name, "alpha") for name in SWEEP]
         for seed, row in zip(seeds, zip(*(v("images", name, "fd") for name in SWEEP))):
-            ax.semilogx(alphas, row, "o-", label=f"seed {seed}")
+            ax.plot(alphas, row, "o-", label=f"seed {seed}")
         ax.set(title="distance by shift", xlabel="alpha")
         ax = axes[1, 2]
         bars = {"decoder\ntau 0.8": ("d 192", "fd"), "decoder\ntau 0": ("d 192", "fd_clean"),
@@ -590,6 +590,7 @@ def draw_figure(report):
             ax.title.set_fontsize(8)
             ax.tick_params(labelsize=6)
             ax.xaxis.label.set_fontsize(7)
+            ax.yaxis.label.set_fontsize(7)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize=5)
         for ax in (axes[0, 3], axes[1, 0]):
