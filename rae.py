@@ -48,7 +48,7 @@ class Config:
     fresh: bool = False  # start over instead of continuing the run in the folder
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
+    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where fast; authors: fp32 is safer
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 32  # side S in pixels; larger images are cropped and resized
@@ -287,7 +287,7 @@ class DiTDH(nn.Module):
             h = block(h, c, self.rotary)
         c = c[:, None]
         if self.head_blocks:
-            c = F.silu(self.condition(F.silu(e_t[:, None] + h)))  # (B, N, head_dim)
+            c = F.silu(self.condition(F.silu(e_t[:, None] + h)))  # (B, N, head_dim); class: by h
             h = self.head_embed(zt)  # without position
             for block in self.head_blocks:
                 h = block(h, c, self.head_rotary)
