@@ -409,20 +409,21 @@ def test_first_stage_also_resumes_and_the_second_does_not_notice(small_data, mon
 
     def stop(cfg, state, step, real=script.log, **values):
         real(cfg, state, step, **values)
-        if step == 3:
+        if (cfg.out, step) in (("parts/decoder", 3), ("cut", 0)):
             raise Stop
 
     flags = SMALL + ["--decoder-steps", "6", "--steps", "2"]
     script.main(flags + ["--out", "whole"])
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(script, "log", stop)
-        script.main(flags + ["--out", "parts"])
-    assert not Path("parts/last.pt").exists()
-    assert load_checkpoint("parts/decoder/last.pt")["step"] == 2
-    script.main(flags + ["--out", "parts"])
-    for file, part in (("decoder/last.pt", "ema"), ("last.pt", "ema"), ("last.pt", "model")):
-        one, two = (load_checkpoint(f"{out}/{file}")[part] for out in ("whole", "parts"))
-        assert all(torch.equal(w, two[name]) for name, w in one.items())
+    for out in ("parts", "cut"):  # within the first stage; between both, nothing saved of the second
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(script, "log", stop)
+            script.main(flags + ["--out", out])
+        assert not Path(out, "last.pt").exists()
+        assert load_checkpoint(f"{out}/decoder/last.pt")["step"] == (6 if out == "cut" else 2)
+        script.main(flags + ["--out", out])
+        for file, part in (("decoder/last.pt", "ema"), ("last.pt", "ema"), ("last.pt", "model")):
+            one, two = (load_checkpoint(f"{folder}/{file}")[part] for folder in ("whole", out))
+            assert all(torch.equal(w, two[name]) for name, w in one.items())
     # a cosine to a tenth after a sixteenth of warm-up, of which 6 steps leave nothing
     expected = [1e-3 * (0.55 + 0.45 * math.cos(math.pi * (i + 1) / 6)) for i in range(6)]
     assert [row["lr"] for row in lines("whole/decoder")] == pytest.approx(expected)
