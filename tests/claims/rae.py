@@ -1,0 +1,613 @@
+"""A frozen encoder's tokens are a wide latent: what a diffusion transformer needs to live in them.
+
+    python -m tests.claims.rae                  # within 15 minutes, 2 CPU cores
+    python -m tests.claims.rae --preset gpu     # 32 pixels, larger and longer, three seeds
+
+What the paper reports (arXiv:2510.11690v1) and what counts as agreeing, stated before the run.
+
+width     One image, DiT of width d, tokens of n numbers: fails for d < n (velocity error 0.52 at d
+          = 384, n = 768), works from d = n on, and depth does not help. Theory: 1 - d / n of the
+          noise cannot be put out, at any time. 16 random tokens, n = 64; `net` is a token-wise MLP
+          whose reference is an earlier, independent implementation in numpy: 0.770 0.506 0.271
+          0.076 0.006 at d = 16 32 48 64 96; `DiT` is the script's network. Agrees if the means of
+          net are within 0.03 of the reference; net and DiT at d < n are, at every seed, not more
+          than 0.005 below 1 - d / n, and twice the blocks at d = 16 gain less than 0.02; and with a
+          head of width 96 on d = 16 the error of both is below 0.15.
+shift     Not shifting costs DiT-XL gFID 23.08 against 4.81. Two modes in m dimensions, 0.8 and 0.2,
+          exact velocity: share of samples in the large one. Reference (numpy, 49 steps): without
+          shift 0.805 0.810 0.820 0.840 0.890 0.967 0.9995 1 at m = 16 ... 196608, with alpha =
+          sqrt(m / 16) 0.805 to 0.807. Agrees if all are within 0.01.
+robust    Noise in the decoder's training costs rFID (0.49 to 0.57) and gains gFID (4.81 to 4.28).
+          PSNR of held-out reconstructions, noise of sigma on the tokens. Agrees if at every seed
+          tau = 0 is better at sigma = 0, and tau = 0.8 at least 1 dB better at 0.5 and above.
+widths    G1, on images: d = 48 and 96 against n = 160 (gpu: the same) and d = 192. Agrees if at
+          every seed the held-out loss is ordered, that of the narrow ones above the bound from the
+          data's spectrum (floor), farther than half of floor from d = 192; and the Frechet distance
+          is ordered, too. Twice the depth at d = 96 should gain less than a fifth of floor.
+head      G4, wide head on a narrow base (DiT-DH-S 6.07 against DiT-XL 4.28, DiT-DH-XL 2.16): d = 96
+          with two blocks of 192 has the multiply-adds of d = 192. Agrees if at every seed its loss
+          is nearer to that of d = 192 than of d = 96 and its distance is below that of d = 96.
+shifts    G2, alpha on images. Agrees if at every seed the best distance is at an alpha above 1,
+          inside the range, and 5 % below that of alpha = 1.
+decoders  G3, one set of generated tokens, two decoders. Agrees if at every seed tau = 0.8 has the
+          lower distance of samples and the higher one of reconstructions.
+encoders  G5, the same transformer on tokens of the teacher, of a random encoder and of raw patches
+          (51.09 against 4.28). Agrees if at every seed the teacher has the lowest distance. At this
+          size patches have less to lose: expected is a contradiction there.
+guidance  G6, AutoGuidance by an early, small network (1.51 to 1.13 at w = 1.42). Agrees if at every
+          seed the best of w = 1.25, 1.5, 2 is 5 % below w = 1.
+Seeds that differ are `not resolved`.
+
+loss         held-out flow loss a dimension, the law of t of the arm; floor: of any network so wide
+fd, rfd      Frechet distance of samples, of reconstructions, in features of the judge, to 10,000
+             real images; fd_floor: of as many held-out ones.  fd_clean: decoder of tau = 0
+psnr_<sigma> of held-out reconstructions;  probe, rank: linear probe, effective rank of tokens
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import timm
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import rae as script
+from common import autocast, figure, load_checkpoint, load_images, setup, to_uint8
+from tests.claims.judge import accuracy, frechet, load_judge, parts, statistics
+from tests.claims.report import ROOT, arm, arm_file, conclude, mean, open_report, values, verdict
+
+SEEDS = {"cpu": (0, 1), "gpu": (0, 1, 2)}
+N, TOKENS = 64, 16  # of `width`: numbers in a token, tokens of the one image
+NETS = {  # of `width`: kind, width, blocks, width of the head; reference
+    "net 16": ("net", 16, 2, 0, 0.770), "net 32": ("net", 32, 2, 0, 0.506),
+    "net 48": ("net", 48, 2, 0, 0.271), "net 64": ("net", 64, 2, 0, 0.076),
+    "net 96": ("net", 96, 2, 0, 0.006), "net 16, deep": ("net", 16, 4, 0, None),
+    "net 16 + head 96": ("net", 16, 2, 96, None), "DiT 16": ("DiT", 16, 2, 0, None),
+    "DiT 48": ("DiT", 48, 2, 0, None), "DiT 96": ("DiT", 96, 2, 0, None),
+    "DiT 16, deep": ("DiT", 16, 4, 0, None), "DiT 16 + head 96": ("DiT", 16, 2, 96, None)}
+SHIFT = {  # of `shift`: m, share without shift, with it
+    16: (0.805, 0.805), 64: (0.810, 0.806), 256: (0.820, 0.806), 1024: (0.840, 0.806),
+    4096: (0.890, 0.807), 16384: (0.967, 0.806), 65536: (0.9995, 0.807), 196608: (1.0, 0.806)}
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
+DECODERS = {"tau 0.8": [], "tau 0": ["--tau", 0], "tau 0.8 uniform": ["--sigma-law", "uniform"],
+            "random": []}
+WEAK = ["--dim", 48, "--head-depth", 1]  # of `guidance`; trained for a fifth of the steps
+ARMS = {  # flags of the transformers; the head is off unless they say so
+    "d 192": [], "d 48": ["--dim", 48], "d 96": ["--dim", 96],
+    "d 96, deep": ["--dim", 96, "--depth", 8], "d 96 + head": ["--dim", 96, "--head-depth", 2],
+    "alpha 1": ["--alpha", 1], "alpha 2": ["--alpha", 2], "alpha 4": ["--alpha", 4],
+    "uniform t": ["--time-law", "uniform"], "random": [], "pixels": [], "weak": WEAK}
+ONCE = ("d 48", "d 96", "d 96, deep", "d 96 + head")  # in the cpu preset of the first seed only
+SWEEP = ("d 192", "alpha 1", "alpha 2", "alpha 4")  # of alpha; d 192: sqrt(m / 4096)
+GUIDANCE = (1.25, 1.5, 2.0)
+FLAGS = {
+    "cpu": "--image-size 16 --batch-size 64 --lr-flat 300 --ema-decay 0.99 --depth 4 "
+           "--decoder-steps 600 --sampling-steps 25 --compile off",
+    "gpu": "--image-size 32 --batch-size 256 --lr-flat 3000 --ema-decay 0.999 --depth 8 "
+           "--decoder-steps 4000 --decoder-batch-size 256 --decoder-dim 256 --decoder-depth 6 "
+           "--decoder-mlp 1024 --decoder-ema 0.998 --sampling-steps 50"}
+STEPS = {"cpu": 600, "gpu": 6000}  # of a transformer
+COUNT = {"cpu": 1000, "gpu": 5000}  # samples of an arm
+TEACHER = "assets/teacher.safetensors"
+
+
+# ---- exact -----------------------------------------------------------------------------
+
+
+class TokenNet(nn.Module):
+    """One token at a time: residual ReLU blocks of width d, gated by the time; a wide head reads
+    the token anew, conditioned on their output: (B, 16, n), (B,), (B,) -> (B, 16, n)."""
+
+    def __init__(self, n, d, blocks, head=0):
+        super().__init__()
+        self.register_buffer("rate", torch.randn(32))
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.SiLU())
+        self.position = nn.Parameter(0.02 * torch.randn(TOKENS, d))
+        widths = [d] * blocks + [head] * bool(head)
+        self.embed = nn.ModuleList(nn.Linear(n, w) for w in dict.fromkeys(widths))
+        self.condition = nn.Linear(d, 128)
+        self.up, self.down, self.gate = (
+            nn.ModuleList(nn.Linear(*size(w)) for w in widths)
+            for size in (lambda w: (w, 4 * w), lambda w: (4 * w, w), lambda w: (128, 4 * w)))
+        self.modulation, self.output = nn.Linear(128, 2 * widths[-1]), nn.Linear(widths[-1], n)
+        for module in (*self.gate, self.modulation):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, zt, t, y):
+        angle = 2 * math.pi * t[:, None] * self.rate
+        c = self.time(torch.cat([angle.sin(), angle.cos()], -1))[:, None]  # (B, 1, 128)
+        h = self.embed[0](zt) + self.position
+        for up, down, gate in zip(self.up, self.down, self.gate):
+            if up.in_features != h.shape[-1]:  # the head
+                c, h = c + self.condition(h), self.embed[1](zt)
+            h = h + down(F.relu(up(h)) * (1 + gate(c)))
+        shift, scale = self.modulation(c).chunk(2, -1)
+        return self.output(h * (1 + scale) + shift)
+
+
+def width_arm(kind, d, blocks, head, seed, steps=1500):
+    """Flow loss on one image of random tokens, mean of the last 100 steps, one CPU thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    image = torch.randn(1, TOKENS, N)
+    net = (TokenNet(N, d, blocks, head) if kind == "net"
+           else script.DiTDH(4, N, 1, d, blocks, 2, head, int(head > 0), 2))
+    opt, tail = torch.optim.Adam(net.parameters(), 2e-3, fused=True), []
+    y = torch.zeros(32, dtype=torch.int64)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps))
+        t = script.flow_time(32, "logit-normal", 1.0, "cpu")
+        loss = script.latent_flow_loss(net, image.expand(32, -1, -1), y, t)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        tail = [*tail[-99:], loss.item()]
+    return {"loss": sum(tail) / len(tail), "floor": max(0.0, 1 - max(d, head) / N)}
+
+
+def shift_arm(m, count=100_000):
+    """Share of samples in the larger of two modes +-(1, ..., 1), exactly: along their direction."""
+    u = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    A = m**0.5
+
+    def velocity(u, t):  # u_t = (1 - t) s A + t eps, P(s = 1) = 0.8
+        return (u - A * (A * (1 - t) * u / t**2 + 0.5 * math.log(4)).tanh()) / t
+
+    end = {"share": 1.0, "share_shifted": script.shift_factor(m, base=16)}
+    return {name: (script.euler_ode(velocity, u, alpha, 50) > 0).double().mean().item()
+            for name, alpha in end.items()}
+
+
+# ---- images ----------------------------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """Raw patches in the place of an encoder; without LayerNorm, which would lose their mean."""
+
+    def __init__(self, patch):
+        super().__init__()
+        self.patch, self.dim = patch, 3 * patch**2
+
+    def forward(self, images):
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+
+
+class Unpatch(nn.Module):
+    """Pixels undone, in the place of a decoder."""
+
+    def __init__(self, patch):
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, f):
+        side, p = math.isqrt(f.shape[1]), self.patch
+        return rearrange(f, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
+
+
+def random_encoder(folder, seed):
+    """The teacher's network with its random start, as a file for --encoder."""
+    path = folder / f"random_{seed}.safetensors"
+    with safe_open(ROOT / "assets/teacher.safetensors", "pt") as f:
+        meta = f.metadata()
+    torch.manual_seed(seed)
+    model = timm.create_model(meta["timm"], num_classes=0, **json.loads(meta["args"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, meta)
+    return path
+
+
+@functools.cache
+def images(size, device, split):
+    """shapes, made once a process."""
+    cfg = argparse.Namespace(data="shapes", image_size=size, batch_size=1)
+    return load_images(cfg, device, split)
+
+
+@contextlib.contextmanager
+def arranged(name, patch):
+    """The script with images made once and, for `pixels`, without encoder and decoder."""
+    load = lambda cfg, device, split="all": images(cfg.image_size, device, split)
+    with contextlib.ExitStack() as stack:
+        put = lambda *pair: stack.enter_context(mock.patch.object(script, *pair))
+        put("load_images", load)
+        if name == "pixels":
+            put("load_encoder", lambda *args: Pixels(patch))
+            put("train_decoder", lambda cfg, encoder, held_out, device: Unpatch(patch).to(device))
+        yield
+
+
+@functools.cache
+def reference(size, device):
+    """The judge, and statistics of 10,000 real images."""
+    judge = load_judge("shapes", size, device=device)
+    return judge, statistics(judge, parts(images(size, device, "all"))[0][0][:10_000])
+
+
+def distance(x, cfg, device):
+    """Frechet distance of images x uint8 (n, 3, S, S) to real ones."""
+    judge, real = reference(cfg.image_size, device)
+    return frechet(statistics(judge, x), real)
+
+
+def held_out(cfg, device, n=2000):
+    """Images that were not trained on, (n, 3, S, S) in [-1, 1], and their labels."""
+    data = images(cfg.image_size, device, "validation")
+    return data.images[:n].float() / 127.5 - 1, data.labels[:n]
+
+
+def parse(preset, encoder, seed, folder, device, flags):
+    """Config of an arm: `encoder` as --encoder takes it."""
+    argv = FLAGS[preset].split() + ["--steps", STEPS[preset], "--encoder", encoder, "--seed", seed,
+                                    "--out", folder, "--device", device, "--dim", 192]
+    argv += ["--head-depth", 0, "--log-every", 100, "--save-every", 10_000]
+    argv += ["--sample-every", 10_000, *flags]
+    return script.parse_config(script.Config, script.PRESETS, (), [str(a) for a in argv])
+
+
+def start(preset):
+    """One thread a process on a CPU, where two run side by side."""
+    if preset == "cpu":
+        torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def decoder_arm(preset, encoder, seed, folder, device, flags):
+    """Train a decoder in folder/decoder: PSNR at all SIGMAS, and rfd."""
+    start(preset)
+    cfg = parse(preset, encoder, seed, folder, device, flags)
+    device = setup(cfg)
+    encoder = script.load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
+    with arranged("", cfg.patch), torch.enable_grad():
+        decoder = script.train_decoder(cfg, encoder, held_out(cfg, device, 256)[0], device)
+    x, _ = held_out(cfg, device, COUNT[preset])
+    f = encode(encoder, x, cfg, device)
+    noise = torch.randn(f.shape, generator=torch.Generator().manual_seed(1000)).to(device)
+    result = {}
+    for sigma in SIGMAS:
+        x_hat = decode(decoder, f + sigma * noise, cfg, device)
+        error = (x_hat.float() / 127.5 - 1 - x).square().flatten(1).mean(1)
+        result[f"psnr_{sigma:g}"] = 10 * (4 / error.clamp(min=1e-9)).log10().mean().item()
+        if sigma == 0:
+            result["rfd"] = distance(x_hat, cfg, device)
+    floor = images(cfg.image_size, device, "validation").images[-COUNT[preset]:]
+    return result | {"fd_floor": distance(floor, cfg, device)}
+
+
+@torch.no_grad()
+def encode(encoder, x, cfg, device):
+    """Tokens of images x, float32 (n, N, D)."""
+    with autocast(cfg, device):
+        return torch.cat([encoder(part).float() for part in x.split(250)])
+
+
+def decode(decoder, f, cfg, device):
+    """Images of tokens f, uint8 (n, 3, S, S)."""
+    return torch.cat([to_uint8(script.decode(decoder, part, cfg, device)) for part in f.split(250)])
+
+
+def load_decoder(folder, cfg, device):
+    """The decoder of a decoder arm."""
+    saved = load_checkpoint(folder / "decoder/last.pt")["ema"]
+    decoder = script.build_decoder(cfg, saved["embed.weight"].shape[1]).to(device).eval()
+    decoder.load_state_dict(saved)
+    return decoder
+
+
+def load_net(folder, device):
+    """Config, EMA network and latent statistics of an image arm."""
+    saved = load_checkpoint(folder / "last.pt")
+    cfg, latents = script.Config(**saved["config"]), saved["latents"].to(device)
+    net = script.build(cfg, latents.shape[1], saved["classes"]).to(device).eval()
+    net.load_state_dict(saved["ema"])
+    return cfg, net.requires_grad_(False), latents
+
+
+def generate(net, weak, latents, cfg, device, n):
+    """Tokens of n samples, classes in turn, the same noise for every arm."""
+    y = torch.arange(n) % 10
+    return torch.cat([script.draw(net, weak, latents, part, cfg, device,
+                                  torch.Generator().manual_seed(i))
+                      for i, part in enumerate(y.split(250))]), y.to(device)
+
+
+@torch.no_grad()
+def image_arm(preset, name, encoder, seed, folder, device, flags, noisy, clean):
+    """Train a transformer; held-out loss, its bound, distances with both decoders."""
+    start(preset)
+    flags = [*flags, "--decoder-dir", noisy / "decoder"] if noisy else flags
+    cfg = parse(preset, encoder, seed, folder, device, flags)
+    device = setup(cfg)
+    with arranged(name, cfg.patch), torch.enable_grad():
+        script.train(cfg)
+    _, net, latents = load_net(folder, device)
+    with arranged(name, cfg.patch):
+        encoder = script.load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
+    x, y = held_out(cfg, device)
+    f = encode(encoder, x, cfg, device)
+    z = (f - latents[0]) / latents[1]
+    torch.manual_seed(1000)  # the same draws for every arm
+    alpha = cfg.alpha or script.shift_factor(z[0].numel())
+    t = script.flow_time(len(z), cfg.time_law, alpha, device)
+    with autocast(cfg, device):
+        groups = zip(*(u.split(250) for u in (z, y, t)))
+        loss = [script.latent_flow_loss(net, *group).item() for group in groups]
+    width = cfg.head_dim if cfg.head_depth else cfg.dim
+    spectrum = 1 + torch.linalg.eigvalsh(z.flatten(0, 1).T.cov().cpu().double())  # ascending
+    rest = spectrum[:max(0, len(spectrum) - width)]
+    f, y = generate(net, None, latents, cfg, device, COUNT[preset])
+    decoder = load_decoder(noisy, cfg, device) if noisy else Unpatch(cfg.patch)
+    samples = decode(decoder, f, cfg, device)
+    result = {"loss": sum(loss) / len(loss), "floor": rest.sum().item() / len(spectrum),
+              "alpha": alpha, "fd": distance(samples, cfg, device),
+              "accuracy": accuracy(reference(cfg.image_size, device)[0], samples, y)}
+    if clean:
+        decoder = load_decoder(clean, cfg, device)
+        result["fd_clean"] = distance(decode(decoder, f, cfg, device), cfg, device)
+    torch.save(samples[:20].cpu(), folder / "samples.pt")
+    return result
+
+
+@torch.no_grad()
+def guidance_arm(preset, seed, folder, device, w, strong, weak, noisy):
+    """Distance of samples of one network, guided by a weaker one."""
+    start(preset)
+    cfg, net, latents = load_net(strong, device)
+    cfg = script.dataclasses.replace(cfg, weak=str(weak), guidance=w, out=str(folder))
+    device = setup(cfg)
+    f, y = generate(net, load_net(weak, device)[1], latents, cfg, device, COUNT[preset])
+    samples = decode(load_decoder(noisy, cfg, device), f, cfg, device)
+    torch.save(samples[:20].cpu(), folder / "samples.pt")
+    return {"fd": distance(samples, cfg, device),
+            "accuracy": accuracy(reference(cfg.image_size, device)[0], samples, y)}
+
+
+@torch.no_grad()
+def encoder_arm(preset, name, encoder, seed, folder, device):
+    """What the tokens are like: linear probe of their mean and spread, effective rank."""
+    start(preset)
+    cfg = parse(preset, encoder, seed, folder, device, [])
+    device = setup(cfg)
+    with arranged(name, cfg.patch):
+        encoder = script.load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
+    x, y = held_out(cfg, device, 6000)
+    f = encode(encoder, x, cfg, device)
+    z = torch.cat([f.mean(1), f.std(1)], 1).double()
+    z = torch.cat([(z - z.mean(0)) / (z.std(0) + 1e-3), torch.ones_like(z[:, :1])], 1)
+    eye = torch.eye(z.shape[1], dtype=z.dtype, device=device)
+    train, target = z[:5000], F.one_hot(y[:5000], 10).double()
+    W = torch.linalg.solve(train.T @ train + 0.1 * eye, train.T @ target)
+    p = torch.linalg.eigvalsh(f.flatten(0, 1).T.cov().double()).clamp(min=1e-12)
+    p = p / p.sum()
+    return {"probe": ((z[5000:] @ W).argmax(1) == y[5000:]).double().mean().item(),
+            "rank": (-(p * p.log()).sum()).exp().item(), "n": f.shape[2]}
+
+
+# ---- arms ------------------------------------------------------------------------------
+
+
+def run(report, pool, jobs):
+    """Do the missing arms in the pool, in the order of jobs {(table, name, seed): (f, args)}, then
+    write all of them down in that order; f gets `folder` in its args as the arm's own."""
+    todo = {}
+    for key, (f, *args) in jobs.items():
+        folder = arm_file(report, *key).parent
+        if not (folder / "result.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            todo[key] = pool.apply_async(f, [folder if a is FOLDER else a for a in args])
+    for key in jobs:
+        arm(report, *key, lambda folder: todo[key].get())
+
+
+FOLDER = object()  # stands for the folder of the arm in the arguments of a job
+
+
+def run_exact(report, pool):
+    """width, shift and robust; the decoders of the images are those of robust."""
+    preset, jobs, device = report["args"].preset, {}, report["args"].device
+    for seed in SEEDS[preset]:
+        for name, flags in DECODERS.items():
+            if preset == "cpu" and seed > 0 and name == "tau 0.8 uniform":
+                continue
+            encoder = random_encoder(report["arms"], seed) if name == "random" else TEACHER
+            jobs["robust", name, seed] = decoder_arm, preset, encoder, seed, FOLDER, device, flags
+    for seed in (0, 1, 2):
+        for name, (kind, d, blocks, head, _) in sorted(NETS.items(), key=lambda x: -x[1][1]):
+            if kind == "net" or seed == 0:
+                jobs["width", name, seed] = width_arm, kind, d, blocks, head, seed
+    for m in SHIFT:
+        jobs["shift", f"m {m}", 0] = shift_arm, m
+    run(report, pool, jobs)
+
+
+def run_images(report, pool):
+    """All other tables."""
+    preset, jobs, device = report["args"].preset, {}, report["args"].device
+    place = lambda *key: arm_file(report, *key).parent
+    for seed in SEEDS[preset]:
+        file = {kind: random_encoder(report["arms"], seed) if kind == "random" else TEACHER
+                for kind in ("teacher", "random", "pixels")}
+        for name, flags in ARMS.items():
+            if preset == "cpu" and (name == "uniform t" or (seed > 0 and name in ONCE)):
+                continue
+            kind = name if name in ("random", "pixels") else "teacher"
+            noisy = None if kind == "pixels" else place(
+                "robust", "random" if kind == "random" else "tau 0.8", seed)
+            clean = place("robust", "tau 0", seed) if kind == "teacher" else None
+            flags = [*flags, "--steps", STEPS[preset] // 5] if name == "weak" else flags
+            jobs["images", name, seed] = (image_arm, preset, kind, file[kind], seed, FOLDER, device,
+                                          flags, noisy, clean)
+        for kind in file:
+            jobs["encoders", kind, seed] = (encoder_arm, preset, kind, file[kind], seed, FOLDER,
+                                            device)
+    run(report, pool, jobs)
+    jobs = {("guidance", f"w {w:g}", seed): (
+        guidance_arm, preset, seed, FOLDER, device, w, place("images", "d 192", seed),
+        place("images", "weak", seed), place("robust", "tau 0.8", seed))
+        for seed in SEEDS[preset] for w in GUIDANCE}
+    run(report, pool, jobs)
+
+
+# ---- verdicts --------------------------------------------------------------------------
+
+
+def of_seeds(ok):
+    """All seeds agree, all disagree, or they differ."""
+    return "as in the paper" if all(ok) else "not resolved" if any(ok) else "contradicted"
+
+
+def judge_exact(report):
+    """Hold width, shift and robust against the docstring."""
+    m, v, ok = functools.partial(mean, report), functools.partial(values, report), {}
+    for name, (kind, d, blocks, head, ref) in NETS.items():
+        loss = v("width", name, "loss")
+        if ref is not None:
+            ok[name, "reference"] = abs(m("width", name, "loss") - ref) < 0.03
+        if max(d, head) < N:
+            ok[name, "floor"] = min(loss) > 1 - d / N - 0.005
+        if head:
+            ok[name, "head"] = max(loss) < 0.15
+        if blocks == 4:
+            shallow = v("width", f"{kind} {d}", "loss")
+            ok[name, "depth"] = all(b > a - 0.02 for a, b in zip(shallow, loss))
+    conclude(report, "width", "fails for d < n: 0.52 at 384 of 768; depth does not help; a head "
+             "wider than n does (single image)", verdict(ok))
+    ok = {(dim, i): abs(m("shift", f"m {dim}", metric) - share[i]) < 0.01
+          for dim, share in SHIFT.items() for i, metric in enumerate(("share", "share_shifted"))}
+    conclude(report, "shift", "gFID 23.08 without the shift, 4.81 with it", verdict(ok))
+    ok = {}
+    for i, seed in enumerate(SEEDS[report["args"].preset]):
+        gain = {s: v("robust", "tau 0.8", f"psnr_{s:g}")[i] - v("robust", "tau 0", f"psnr_{s:g}")[i]
+                for s in SIGMAS}
+        ok[seed, 0] = gain[0.0] < 0
+        ok |= {(seed, s): gain[s] >= 1 for s in SIGMAS if s >= 0.5}
+    conclude(report, "robust", "tau = 0.8: rFID 0.49 to 0.57, gFID 4.81 to 4.28", verdict(ok))
+
+
+def judge_images(report):
+    """Hold the other tables against the docstring."""
+    v = lambda name, metric, table="images": values(report, table, name, metric)
+    firsts = lambda metric, *names: zip(*(v(name, metric) for name in names))
+    ok = {}
+    for name in ("d 48", "d 96"):
+        trio = [*zip(v(name, "loss"), v(name, "floor"), v("d 192", "loss"))]
+        ok[name, "floor"] = all(loss >= floor for loss, floor, _ in trio)
+        ok[name, "gap"] = all(loss - wide > floor / 2 for loss, floor, wide in trio)
+    for metric in ("loss", "fd"):
+        ok[metric] = all(a > b > c for a, b, c in firsts(metric, "d 48", "d 96", "d 192"))
+    deep = zip(v("d 96", "loss"), v("d 96, deep", "loss"), v("d 96", "floor"))
+    ok["depth"] = all(a - b < floor / 5 for a, b, floor in deep)
+    conclude(report, "widths", "DiT needs d >= n (Tab. of single images, and DiT-S 215.76 against "
+             "DiT-XL 23.08)", verdict(ok))
+    ok = {"loss": all(head - wide < base - head for base, head, wide in
+                      firsts("loss", "d 96", "d 96 + head", "d 192")),
+          "fd": all(b < a for a, b in firsts("fd", "d 96", "d 96 + head"))}
+    conclude(report, "head", "DiT-DH-S 6.07, DiT-XL 4.28, DiT-DH-XL 2.16 (80 epochs)", verdict(ok))
+    alphas, ok = [mean(report, "images", name, "alpha") for name in SWEEP], []
+    for row in firsts("fd", *SWEEP):
+        fd = dict(zip(alphas, row))
+        best = min(fd, key=fd.get)
+        ok.append(1 < best < max(fd) and fd[best] < 0.95 * fd[1.0])
+    conclude(report, "shifts", "gFID 23.08 to 4.81 by the shift, 6.93 there", of_seeds(ok))
+    rfd = zip(v("tau 0.8", "rfd", "robust"), v("tau 0", "rfd", "robust"))
+    ok = [fd < clean and noisy > plain
+          for fd, clean, (noisy, plain) in zip(v("d 192", "fd"), v("d 192", "fd_clean"), rfd)]
+    conclude(report, "decoders", "gFID 4.81 to 4.28, rFID 0.49 to 0.57", of_seeds(ok))
+    ok = {name: all(a < b for a, b in firsts("fd", "d 192", name)) for name in ("random", "pixels")}
+    conclude(report, "encoders", "pixels 51.09, DINOv2-B 4.28", verdict(ok))
+    ok = [min(row) < 0.95 * base for base, *row in zip(
+        v("d 192", "fd"), *(v(f"w {w:g}", "fd", "guidance") for w in GUIDANCE))]
+    conclude(report, "guidance", "1.51 to 1.13 by AutoGuidance at 1.42", of_seeds(ok))
+
+
+def draw_figure(report):
+    """Exact tests, the tables of images, and samples of seed 0."""
+    m, v = functools.partial(mean, report), functools.partial(values, report)
+    seeds = SEEDS[report["args"].preset]
+    with figure(f"{report['path']}.png", 3, 4, (2.6, 2.3)) as axes:
+        ax = axes[0, 0]
+        ax.plot([0, N, 96], [1, 0, 0], color="0.7", label="1 - d / n")
+        for i, kind in enumerate(("net", "DiT")):
+            names = [k for k, (a, _, blocks, head, _) in NETS.items()
+                     if a == kind and blocks == 2 and not head]
+            ax.plot([NETS[k][1] for k in names], [m("width", k, "loss") for k in names], f"C{i}o-",
+                    label=kind)
+            for name, mark in ((f"{kind} 16, deep", "x"), (f"{kind} 16 + head 96", "s")):
+                ax.plot(16, m("width", name, "loss"), f"C{i}{mark}",
+                        label=f"{kind}, {'deep' if mark == 'x' else 'head'}")
+        ax.set(title="one image, n = 64", xlabel="width d", ylabel="flow loss")
+        ax = axes[0, 1]
+        for i, metric in enumerate(("share", "share_shifted")):
+            ax.semilogx([*SHIFT], [m("shift", f"m {dim}", metric) for dim in SHIFT], f"C{i}o-",
+                        label="shifted" if i else "not shifted")
+        ax.axhline(0.8, color="0.7", lw=1)
+        ax.set(title="share of the large mode", xlabel="dimensions m")
+        ax = axes[0, 2]
+        for i, name in enumerate(("tau 0", "tau 0.8", "tau 0.8 uniform")):
+            ax.plot(SIGMAS, [m("robust", name, f"psnr_{s:g}") for s in SIGMAS], f"C{i}o-",
+                    label=name)
+        ax.set(title="PSNR of the decoder", xlabel="noise on the tokens")
+        ax = axes[0, 3]
+        names = ["d 48", "d 96", "d 96, deep", "d 96 + head", "d 192"]
+        ax.bar(names, [m("images", k, "loss") for k in names], color="C0")
+        for i, name in enumerate(names):
+            ax.plot([i - 0.4, i + 0.4], [m("images", name, "floor")] * 2, "k", lw=1)
+        ax.set(title="images: loss, floor (line)")
+        ax = axes[1, 0]
+        ax.bar(names, [m("images", k, "fd") for k in names], color="C1")
+        ax.set(title="images: Fréchet distance")
+        ax, alphas = axes[1, 1], [m("images", name, "alpha") for name in SWEEP]
+        for seed, row in zip(seeds, zip(*(v("images", name, "fd") for name in SWEEP))):
+            ax.plot(alphas, row, "o-", label=f"seed {seed}")
+        ax.set(title="distance by shift", xlabel="alpha")
+        ax = axes[1, 2]
+        bars = {"decoder\ntau 0.8": ("d 192", "fd"), "decoder\ntau 0": ("d 192", "fd_clean"),
+                "random\nencoder": ("random", "fd"), "pixels": ("pixels", "fd")}
+        rfd = [m("robust", k, "rfd") for k in ("tau 0.8", "tau 0", "random")]
+        ax.bar([*bars], [m("images", *key) for key in bars.values()], color="C1")
+        ax.plot(range(3), rfd, "k_", ms=14, label="reconstructions")
+        ax.set(title="distance, d = 192")
+        ax = axes[1, 3]
+        curves = [v("images", "d 192", "fd"), *(v("guidance", f"w {w:g}", "fd") for w in GUIDANCE)]
+        for seed, row in zip(seeds, zip(*curves)):
+            ax.plot([1, *GUIDANCE], row, "o-", label=f"seed {seed}")
+        ax.set(title="distance by AutoGuidance", xlabel="w")
+        for ax, name in zip(axes[2], ("d 96", "d 96 + head", "d 192", "pixels")):
+            path = arm_file(report, "images", name, 0).with_name("samples.pt")
+            grid = torch.load(path, weights_only=True)
+            ax.imshow(rearrange(grid, "(r k) c h w -> (r h) (k w) c", k=5))
+            ax.set(xticks=[], yticks=[], title=name)
+        for ax in axes.flat:
+            ax.title.set_fontsize(8)
+            ax.tick_params(labelsize=6)
+            ax.xaxis.label.set_fontsize(7)
+            ax.yaxis.label.set_fontsize(7)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=5)
+        for ax in (axes[0, 3], axes[1, 0]):
+            ax.tick_params(axis="x", labelrotation=30)
+
+
+def main(argv=None):
+    report = open_report("rae", __doc__, argv, also=[
+        TEACHER, *(f"assets/judge_shapes_{size}.safetensors" for size in (16, 32))])
+    workers = min(2, mp.cpu_count()) if report["args"].preset == "cpu" else 1
+    with mp.get_context("spawn").Pool(workers) as pool:
+        run_exact(report, pool)
+        run_images(report, pool)
+    judge_exact(report)
+    judge_images(report)
+    draw_figure(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,670 @@
+"""rae.py against closed forms, Gaussian data with a known flow and networks written out again."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import rae as script
+from common import load_checkpoint, load_encoder, shapes
+from tests.claims import rae as claim
+
+ROOT = Path(script.__file__).parent
+SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
+--decoder-batch-size 20 --decoder-steps 2 --dim 16 --depth 1 --heads 2 --head-dim 24 --head-heads 2
+--decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 --sampling-steps 2
+--lr-flat 2 --log-every 1 --save-every 2 --sample-every 4""".split()
+double = torch.float64
+
+
+def few_shapes(cfg, device, split="all"):
+    """300 shapes in place of 50,000, others to validate."""
+    images, labels = shapes(300, cfg.image_size, seed=3 + (split == "validation"))
+    return SimpleNamespace(images=images, labels=labels, classes=10, size=300)
+
+
+@pytest.fixture
+def small_data(monkeypatch):
+    monkeypatch.setattr(script, "load_images", few_shapes)
+
+
+def stir(net, std=0.3):
+    """Random weights everywhere, so that nothing hides behind a zero."""
+    torch.manual_seed(1)
+    for p in net.parameters():
+        nn.init.normal_(p, std=std)
+    return net
+
+
+# ---- time and its shift ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 6.93])
+def test_shift_multiplies_the_odds_and_keeps_the_ends(alpha):
+    t = torch.linspace(0, 1, 101, dtype=double)
+    s = script.shift_time(t, alpha)
+    assert s[0] == 0 and s[-1].item() == pytest.approx(1, abs=1e-12)
+    odds = lambda u: u[1:-1] / (1 - u[1:-1])
+    assert torch.allclose(odds(s), alpha * odds(t), rtol=1e-10)
+    assert torch.allclose(script.shift_time(s, 1 / alpha), t, atol=1e-12)
+    assert alpha <= 1 or (s[1:-1] > t[1:-1]).all()  # towards the noise, t = 1
+
+
+def test_shift_factor_is_the_paper_s():
+    assert script.shift_factor(256 * 768) == pytest.approx(6.93, abs=2e-3)
+    assert script.shift_factor(1024 * 768) == pytest.approx(13.86, abs=4e-3)
+    assert script.shift_factor(4096) == 1 and script.shift_factor(1024, base=64) == 4
+
+
+@pytest.mark.parametrize("alpha", [1.0, 6.93])
+def test_laws_of_time(alpha):
+    t = script.flow_time(200_000, "logit-normal", alpha, "cpu").double()
+    logit = (t / (1 - t)).log()  # logit-normal(0, 1), shifted, is logit-normal(ln alpha, 1)
+    assert logit.mean().item() == pytest.approx(math.log(alpha), abs=0.01)
+    assert logit.std().item() == pytest.approx(1, abs=0.01)
+    u = script.flow_time(200_000, "uniform", alpha, "cpu")
+    for p in (0.1, 0.5, 0.9):  # t' <= q when t <= p
+        q = alpha * p / (1 + (alpha - 1) * p)
+        assert (u <= q).float().mean().item() == pytest.approx(p, abs=5e-3)
+
+
+def test_without_the_shift_the_minority_mode_goes_with_it_stays():
+    """Two modes +-(1, ..., 1) in R^m, 0.8 and 0.2, exact velocity along their direction."""
+    u = torch.distributions.Normal(0, 1).icdf((torch.arange(20_000).double() + 0.5) / 20_000)
+    table = {16: (0.805, 0.805), 1024: (0.840, 0.806), 65536: (0.9995, 0.807)}
+    for m, expected in table.items():
+        A = m**0.5
+
+        def velocity(u, t):  # u_t = (1 - t) s A + t eps, P(s = 1) = 0.8
+            return (u - A * (A * (1 - t) * u / t**2 + 0.5 * math.log(4)).tanh()) / t
+
+        for alpha, share in zip((1.0, script.shift_factor(m, 16)), expected):
+            end = script.euler_ode(velocity, u, alpha, 50)
+            assert (end > 0).double().mean().item() == pytest.approx(share, abs=0.004)
+
+
+# ---- flow, guidance, noise -------------------------------------------------------------
+
+
+class Spy(nn.Module):
+    """Answers a constant and remembers what it was asked."""
+
+    classes = 7
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.seen = answer, []
+
+    def forward(self, zt, t, y):
+        self.seen.append((zt, t, y))
+        return self.answer(zt, t, y) if callable(self.answer) else self.answer.expand_as(zt)
+
+
+def test_flow_loss_is_the_squared_error_of_the_slope_of_the_path():
+    z, t = torch.randn(6, 4, 5), torch.tensor([0.0, 0.1, 0.4, 0.7, 0.95, 1.0])
+    net = Spy(torch.tensor(0.3))
+    torch.manual_seed(3)
+    loss = script.latent_flow_loss(net, z, None, t)
+    torch.manual_seed(3)
+    eps, zt = torch.randn_like(z), net.seen[0][0]
+    path = lambda s: z + s.view(-1, 1, 1) * (eps - z)  # from data to noise
+    assert torch.allclose(zt, path(t), atol=1e-6) and torch.equal(zt[0], z[0])  # t = 0: data
+    slope = (path(t + 0.5) - path(t - 0.5)).double()
+    assert loss.item() == pytest.approx((0.3 - slope).square().mean().item(), rel=1e-5)
+
+
+def test_loss_at_the_start_is_one_plus_the_mean_square():
+    net = script.DiTDH(4, 12, 5, 16, 2, 2, 24, 1, 2)
+    z, t = 1.5 * torch.randn(400, 16, 12), torch.rand(400)
+    assert net(z, t, torch.zeros(400).long()).detach().abs().max() == 0
+    loss = script.latent_flow_loss(net, z, torch.zeros(400).long(), t).item()
+    assert loss == pytest.approx(1 + z.square().mean().item(), rel=0.02)
+
+
+def test_euler_converges_with_order_one_to_the_flow_of_a_gaussian():
+    mean, std = 0.7, 0.3
+    noise = torch.randn(500, 2, 2, dtype=double)
+
+    def velocity(zt, t):  # E[eps - z | z_t] for z ~ N(mean, std^2)
+        t = t.view(-1, 1, 1)
+        var = (1 - t) ** 2 * std**2 + t**2
+        u = (zt - (1 - t) * mean) / var
+        return t * u - (mean + (1 - t) * std**2 * u)
+
+    for alpha in (1.0, 3.0):
+        errors = [
+            (script.euler_ode(velocity, noise, alpha, n) - (mean + std * noise)).abs().max().item()
+            for n in (100, 200, 400)
+        ]  # quantiles stay quantiles
+        assert errors[-1] < 0.02, errors
+        assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors
+
+
+def test_euler_visits_the_shifted_grid_from_noise_to_data():
+    seen = []
+    velocity = lambda z, t: seen.append(t) or torch.ones_like(z)
+    end = script.euler_ode(velocity, torch.zeros(3, 2, 1), 2.5, 5)
+    times = torch.stack(seen)  # (5, 3)
+    u = 1 - torch.arange(5) / 5
+    assert torch.allclose(times[:, 0], 2.5 * u / (1 + 1.5 * u)) and (times.T == times[:, 0]).all()
+    assert torch.allclose(end, -torch.ones(3, 2, 1))  # the steps add up to -1: it ends at t = 0
+
+
+def test_guidance_by_no_class_and_by_a_weaker_network():
+    zt, t, y = torch.randn(2, 3, 4), torch.full((2,), 0.4), torch.tensor([3, 5])
+    known = Spy(lambda z, t, y: (y != 7).float().view(-1, 1, 1).expand_as(z) + 1)
+    v = script.guided_flow(known, None, zt, t, y, 3.0)
+    assert torch.equal(v, torch.full_like(v, 1 + 3 * (2 - 1)))
+    assert known.seen[0][2].tolist() == [3, 5, 7, 7]
+    strong, weak = Spy(torch.tensor(2.0)), Spy(torch.tensor(0.5))
+    v = script.guided_flow(strong, weak, zt, t, y, 1.42)
+    assert torch.allclose(v, torch.full_like(v, 0.5 + 1.42 * 1.5))
+    assert weak.seen[0][2].tolist() == strong.seen[0][2].tolist() == [3, 5]  # both with the class
+    assert torch.equal(weak.seen[0][0], zt)
+    v = script.guided_flow(strong, weak, zt, t, y, 1.0)
+    assert torch.equal(v, torch.full_like(v, 2.0)) and len(weak.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "law, mean, square, largest", [("half-normal", 0.638, 0.64, 9), ("uniform", 0.4, 0.2133, 0.81)]
+)
+def test_noise_of_the_tokens_has_one_scale_an_image_and_the_law_of_it(law, mean, square, largest):
+    f = torch.randn(4000, 6, 50)
+    noise = script.noisy_tokens(f, 0.8, law) - f
+    per_token = noise.square().mean(2).sqrt()  # (B, N), each within 1 / sqrt(100) of sigma
+    sigma = per_token.square().mean(1).sqrt()
+    assert sigma.mean().item() == pytest.approx(mean, rel=0.03)
+    assert sigma.square().mean().item() == pytest.approx(square, rel=0.05)
+    assert sigma.max() < largest * 1.1
+    assert (per_token / sigma[:, None] - 1).abs().mean() < 0.12  # the same for all its tokens
+    assert noise.mean().abs() < 5e-3
+    assert torch.equal(script.noisy_tokens(f, 0.0, law), f)
+
+
+# ---- networks --------------------------------------------------------------------------
+
+
+def test_parameters_of_the_published_networks():
+    """DiT S, B, L, XL and DiT^DH by formula, and the two counts in the paper, in millions."""
+
+    def count(n, dim, depth, head_dim=0, head_depth=0, heads=8):
+        with torch.device("meta"):
+            net = script.DiTDH(16, n, 1000, dim, depth, heads, head_dim, head_depth, 16)
+        return sum(p.numel() for p in net.parameters())
+
+    def formula(n, d, depth, heads, D=0, k=0):
+        def block(w, heads):
+            h = int(8 * w / 3)
+            weights = 4 * w * w + 4 * w + 3 * w * h + 2 * h + w + 6 * w * w + 6 * w
+            return weights + 2 * w + 2 * (w // heads)  # norms; of queries and keys: not the paper's
+        w = D or d
+        rest = n * d + d + 512 * d + d + d * d + d + 1001 * d  # latents, time, class
+        rest += (d * D + D + n * D + D) if k else 0
+        return depth * block(d, heads) + k * block(w, 16) + rest + w + 2 * w * w + 2 * w + w * n + n
+
+    sizes = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    for d, depth, heads in sizes.values():
+        assert count(768, d, depth, heads=heads) == formula(768, d, depth, heads)
+        both = count(768, d, depth, 2048, 2, heads)
+        assert both == formula(768, d, depth, heads, 2048, 2)
+    table, extra = 256 * 1152, 28 * 2 * 72  # the paper counts the fixed table, has no such norms
+    assert round((count(384, 1152, 28, heads=16) + table - extra) / 1e6) == 676
+    head = count(768, 1152, 28, 2048, 2, 16) + table - extra - 2 * 2 * 128
+    assert round(head / 1e6) == 839
+
+
+def test_decoders_of_the_paper():
+    for w, depth, heads, h in ((768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 28, 16, 4096)):
+        with torch.device("meta"):
+            net = script.ViTDecoder(16, 768, 16, w, depth, heads, h)
+        block = 4 * w * w + 4 * w + 2 * w * h + h + w + 4 * w
+        expected = depth * block + 768 * w + w + w + 2 * w + w * 768 + 768
+        assert sum(p.numel() for p in net.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    "preset, params", [("paper", 838.39), ("paper-s", 196.36), ("paper-dit", 676.96)]
+)
+def test_presets_build_the_published_sizes(preset, params):
+    cfg, n = script.Config(**script.PRESETS[preset]), 768
+    with torch.device("meta"):
+        net, decoder = script.build(cfg, n, 1000), script.build_decoder(cfg, n)
+        z, y = torch.empty(2, 256, n), torch.zeros(2, dtype=torch.int64)
+        assert net(z, torch.empty(2), y).shape == z.shape
+        assert decoder(z).shape == (2, 3, 256, 256)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(params, abs=0.01)
+    assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(415.06, abs=0.01)
+    assert cfg.image_size // cfg.patch * 14 == 224  # what DINOv2 sees
+    assert cfg.steps == (14 if preset == "paper-s" else 800) * 1251 and cfg.lr_flat == 40 * 1251
+    assert script.shift_factor(256 * n) == pytest.approx(6.93, abs=0.01) and cfg.alpha == 0
+
+
+def plain_block(block, x, c, table):
+    """A block by its weights, c (B, 1, D) or (B, N, D)."""
+    norm = lambda m, x: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * m.weight
+    weights = zip(block.modulation.weight.chunk(6), block.modulation.bias.chunk(6))
+    a1, b1, g1, a2, b2, g2 = (c @ w.T + b for w, b in weights)
+    x = x + g1 * block.attention(norm(block.norm1, x) * (1 + b1) + a1, table)
+    return x + g2 * block.mlp(norm(block.norm2, x) * (1 + b2) + a2)
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_transformer_against_its_equations_written_out(head):
+    net = stir(script.DiTDH(2, 5, 3, 8, 2, 2, 12, head, 3)).double()
+    zt, t, y = torch.randn(2, 4, 5, dtype=double), torch.rand(2, dtype=double), torch.tensor([0, 3])
+    linear = lambda m, x: x @ m.weight.T + m.bias
+    wave = [[f(2 * math.pi * r * u) for f in (math.sin, math.cos) for r in net.rate.tolist()]
+            for u in t.tolist()]
+    e_t = linear(net.time[2], F.silu(linear(net.time[0], torch.tensor(wave, dtype=double))))
+    c = F.silu(e_t + net.label.weight[y])[:, None]
+    s = linear(net.embed, zt) + script.position_table(2, 8)
+    for block in net.blocks:
+        s = plain_block(block, s, c, net.rotary)
+    if head:
+        c = F.silu(linear(net.condition, F.silu(e_t[:, None] + s)))
+        s = linear(net.head_embed, zt)
+        for block in net.head_blocks:
+            s = plain_block(block, s, c, net.head_rotary)
+    a, b = linear(net.modulation, c).chunk(2, -1)
+    s = s * (s.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * net.norm.weight
+    expected = linear(net.output, s * (1 + b) + a)
+    assert torch.allclose(net(zt, t, y), expected, atol=1e-4)
+    assert not torch.allclose(net(zt, t, y), net(zt, t, torch.tensor([1, 2])), atol=1e-2)
+
+
+def test_width_bounds_the_rank_of_the_velocity_and_a_wide_head_does_not():
+    """v = B f(A z_t) lies in a d-dimensional affine subspace: at least 1 - d / n of eps is lost."""
+    zt, t, y = torch.randn(40, 16, 24), torch.rand(40), torch.randint(0, 3, (40,))
+    ranks = {}
+    for name, depth, head in (("narrow", 1, 0), ("deep", 3, 0), ("head", 1, 1)):
+        net = stir(script.DiTDH(4, 24, 3, 8, depth, 2, 32, head, 2))
+        v = net(zt, t, y).detach().flatten(0, 1)
+        ranks[name] = torch.linalg.matrix_rank((v - v.mean(0)).double(), rtol=1e-5).item()
+    assert ranks == {"narrow": 8, "deep": 8, "head": 24}
+
+
+def test_decoder_against_its_equations_written_out_and_its_patches():
+    net = stir(script.ViTDecoder(2, 5, 2, 8, 2, 2, 12), 0.4).double()
+    f = torch.randn(3, 4, 5, dtype=double)
+    h = f @ net.embed.weight.T + net.embed.bias + script.position_table(2, 8)
+    h = torch.cat([net.extra.expand(3, 1, 8), h], 1)
+    norm = lambda x, m: F.layer_norm(x, (8,), m.weight, m.bias, 1e-12)
+    for block in net.blocks:
+        a, u = block.self_attn, norm(h, block.norm1)
+        u = u @ a.in_proj_weight.T + a.in_proj_bias
+        q, k, v = u.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        u = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + u @ a.out_proj.weight.T + a.out_proj.bias
+        u = norm(h, block.norm2) @ block.linear1.weight.T + block.linear1.bias
+        u = u * (1 + torch.erf(u / 2**0.5)) / 2
+        h = h + u @ block.linear2.weight.T + block.linear2.bias
+    h = (norm(h, net.norm) @ net.output.weight.T + net.output.bias)[:, 1:]  # (B, N, 12)
+    x = net(f)
+    assert x.shape == (3, 3, 4, 4)
+    for i in range(4):  # token i is the patch of row i // 2, column i % 2: pixels, then colours
+        row, column = 2 * (i // 2), 2 * (i % 2)
+        patch = x[:, :, row : row + 2, column : column + 2].permute(0, 2, 3, 1).flatten(1)
+        assert torch.allclose(patch, h[:, i], atol=1e-5)
+    with torch.no_grad():  # torch has a fast path for this
+        assert torch.allclose(net.eval()(f), x, atol=1e-5)
+
+
+def test_adversarial_parts_against_their_definitions():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.2])
+    hinge = script.hinge_discriminator(real, fake).item()
+    assert hinge == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 1 + 1.2) / 3) / 2)
+    assert script.hinge_generator(fake).item() == pytest.approx(2.8 / 3)
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    lam = script.adaptive_weight((3 * w).sum(), (w * w).sum(), w)
+    assert lam.item() == pytest.approx(3 * 2**0.5 / 20**0.5, rel=1e-4) and not lam.requires_grad
+
+
+# ---- latents ---------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """An encoder with closed-form statistics: patches times a matrix, one channel always 2."""
+
+    def __init__(self, dim=5):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("A", torch.randn(dim, 48, generator=g) * torch.arange(dim)[:, None])
+        self.dim = dim
+
+    def forward(self, x):
+        return F.unfold(x, 4, stride=4).mT @ self.A.T + 2.0 * (torch.arange(self.dim) == 0)
+
+
+def test_statistics_are_those_of_the_channels_and_normalisation_inverts():
+    cfg = script.Config(image_size=8, batch_size=50, flip=True, seed=4, precision="fp32")
+    data, encoder, cpu = few_shapes(cfg, "cpu"), Linear(), torch.device("cpu")
+    data.iterator = "of a streamed set"
+    latents = script.latent_statistics(encoder, data, cfg, cpu)
+    assert not hasattr(data, "iterator")
+    f = encoder(data.images.float() / 127.5 - 1).flatten(0, 1).double()
+    mean, std = latents.double()
+    assert torch.allclose(mean, f.mean(0), atol=1e-4)
+    assert torch.allclose(std[1:], f.std(0, correction=0)[1:], rtol=1e-4)
+    assert std[0].item() == pytest.approx(0.01) and mean[0] == 2  # a dead channel: floor 1e-4
+    z = (f - mean) / std
+    assert torch.allclose(z * std + mean, f, atol=1e-9)
+    z = z[:, 1:]
+    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
+    other = script.dataclasses.replace(cfg, seed=9)
+    assert torch.equal(script.latent_statistics(encoder, data, other, cpu), latents)
+
+
+def test_drawing_undoes_the_normalisation_and_shifts_as_training_does(monkeypatch):
+    latents, seen = torch.tensor([[1.0, -2.0, 0.5], [2.0, 0.1, 3.0]]), []
+    net = Spy(lambda z, t, y: seen.append(t[0].item()) or z * 0)
+    cfg, y = script.Config(image_size=8, patch=4, sampling_steps=4), torch.tensor([0, 4])
+    generator = torch.Generator().manual_seed(5)
+    f = script.draw(net, None, latents, y, cfg, torch.device("cpu"), generator)
+    noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(f, noise * latents[1] + latents[0])
+    alpha = (4 * 3 / 4096) ** 0.5
+    assert seen == pytest.approx([alpha * u / (1 + (alpha - 1) * u) for u in (1, 0.75, 0.5, 0.25)])
+    fixed = script.dataclasses.replace(cfg, alpha=3.0)
+    script.draw(net, None, latents, y, fixed, torch.device("cpu"), generator)
+    assert seen[4:] == pytest.approx([3 * u / (1 + 2 * u) for u in (1, 0.75, 0.5, 0.25)])
+
+
+def test_tokens_are_normalised_and_the_encoder_is_frozen():
+    encoder = load_encoder("assets/teacher.safetensors", 2, "plain")
+    f = encoder(shapes(8, 8, seed=1)[0].float() / 127.5 - 1)
+    assert f.shape == (8, 4, encoder.dim) and not f.requires_grad
+    assert f.mean(-1).abs().max() < 1e-4
+    assert (f.var(-1, correction=0) - 1).abs().max() < 1e-2
+
+
+# ---- training --------------------------------------------------------------------------
+
+
+def lines(folder):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_resumes_bit_for_bit(same_when_interrupted, small_data):
+    same_when_interrupted(script, SMALL, ["model", "ema", "decoder"])
+    assert Image.open("whole/samples_0000004.png").size == (12 * 66, 10 * 66)
+    assert Image.open("whole/decoder/samples_0000002.png").size == (8 * 66, 2 * 66)
+    rows = lines("whole")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3, 1e-3, 5.5e-4])  # flat, linear
+    assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
+
+
+def test_first_stage_also_resumes_and_the_second_does_not_notice(small_data, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(cfg, state, step, real=script.log, **values):
+        real(cfg, state, step, **values)
+        if (cfg.out, step) in (("parts/decoder", 3), ("cut", 0)):
+            raise Stop
+
+    flags = SMALL + ["--decoder-steps", "6", "--steps", "2"]
+    script.main(flags + ["--out", "whole"])
+    for out in ("parts", "cut"):  # within the first stage; after it, before the second one saves
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(script, "log", stop)
+            script.main(flags + ["--out", out])
+        assert not Path(out, "last.pt").exists()
+        assert load_checkpoint(f"{out}/decoder/last.pt")["step"] == (6 if out == "cut" else 2)
+        script.main(flags + ["--out", out])
+        for file, part in (("decoder/last.pt", "ema"), ("last.pt", "ema"), ("last.pt", "model")):
+            one, two = (load_checkpoint(f"{folder}/{file}")[part] for folder in ("whole", out))
+            assert all(torch.equal(w, two[name]) for name, w in one.items())
+    # a cosine to a tenth after a sixteenth of warm-up, of which 6 steps leave nothing
+    expected = [1e-3 * (0.55 + 0.45 * math.cos(math.pi * (i + 1) / 6)) for i in range(6)]
+    assert [row["lr"] for row in lines("whole/decoder")] == pytest.approx(expected)
+
+
+def test_runs_share_a_decoder_which_the_second_stage_leaves_alone(small_data, refuses):
+    script.main(SMALL + ["--out", "one"])
+    shared = ["--decoder-dir", "one/decoder", "--head-depth", "0", "--alpha", "2", "--out", "two"]
+    script.main(SMALL + shared)
+    script.main(SMALL + shared + ["--fresh"])
+    assert not Path("two/decoder").exists()
+    first, stage = load_checkpoint("two/last.pt"), load_checkpoint("one/decoder/last.pt")
+    assert all(torch.equal(w, first["decoder"][name]) for name, w in stage["ema"].items())
+    names = set(first) - {"step", "config", "log", "clock"}
+    assert names == {"model", "ema", "opt", "decoder", "latents", "classes"}  # no encoder
+    refuses(lambda: script.main(SMALL + shared + ["--tau", "0"]), "tau", "now 0")
+    refuses(lambda: script.main(SMALL + ["--out", "one", "--steps", "8"]), "steps 4 (now 8)")
+
+
+def test_encoder_stays_as_it_is_and_gets_no_gradient(small_data, monkeypatch):
+    kept = []
+
+    def load(*args, real=script.load_encoder):
+        kept.append(real(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(script, "load_encoder", load)
+    flags = ["--image-size", "24", "--gan", "0.75", "--steps", "1", "--n", "1"]
+    script.main(SMALL + flags)
+    fresh = load_encoder("assets/teacher.safetensors", 6, "plain").state_dict()
+    assert all(torch.equal(w, fresh[name]) for name, w in kept[0].state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in kept[0].parameters())
+
+
+def test_adversarial_term_starts_at_half_and_the_critic_sees_clean_8_bit_images(
+    small_data, monkeypatch
+):
+    asked = []
+
+    class Critic(script.PatchGAN):
+        def __init__(self):
+            super().__init__(8, 2)
+
+        def forward(self, images):
+            asked.append((images.detach(), images.requires_grad, self.body[0].weight.requires_grad))
+            return super().forward(images)
+
+    weights = []
+    monkeypatch.setattr(script, "PatchGAN", Critic)
+    monkeypatch.setattr(script, "ema_update", lambda ema, model, *a, real=script.ema_update: (
+        weights.append({k: v.clone() for k, v in model.state_dict().items()}),
+        real(ema, model, *a)))
+    flags = "--image-size 24 --gan 0.75 --decoder-steps 16 --steps 1 --tau 5 --save-every 1"
+    script.main(SMALL + flags.split() + ["--out", "run"])
+    rows = lines("run/decoder")
+    assert [row["w_gan"] > 0 for row in rows] == [False] * 8 + [True] * 8  # epoch 8 of 16
+    assert len(asked) == 48  # of a step: the decoder's output, real images, decoded anew
+    step = 12
+    noisy, real, fake = asked[3 * step : 3 * step + 3]
+    assert noisy[1] and not noisy[2] and real[2] and not fake[1]
+    for images, *_ in (real, fake):
+        assert ((images + 1) * 127.5 - ((images + 1) * 127.5).round()).abs().max() < 1e-4
+        assert images.abs().max() <= 1
+    net = script.build_decoder(script.Config(**load_checkpoint("run/decoder/last.pt")["config"]),
+                               load_encoder("assets/teacher.safetensors", 6).dim)
+    net.load_state_dict(weights[step])  # after the decoder's step
+    clean = net(load_encoder("assets/teacher.safetensors", 6, "plain")(real[0]))
+    assert (clean.clamp(-1, 1) - fake[0]).abs().max() < 0.5 / 127.5 + 1e-4
+    assert (noisy[0] - fake[0]).abs().mean() > 0.02  # tau 5: far from it
+    start, six = (load_checkpoint("run/decoder/last.pt")["critic_opt"], rows[5]["hinge"])
+    assert start["param_groups"][0]["lr"] == rows[-1]["lr"] and six > 0
+
+
+def test_critic_learns_from_the_sixth_epoch_on(small_data, monkeypatch):
+    seen = []
+    real_update = script.ema_update
+
+    class Critic(script.PatchGAN):
+        def __init__(self):
+            super().__init__(8, 2)
+            seen.append(self)
+
+    moved, before = [], {}
+
+    def update(ema, model, *args):
+        if len(seen) == 1 and isinstance(model, script.ViTDecoder):
+            now = seen[0].body[0].weight.detach().clone()
+            moved.append("w" in before and not torch.equal(now, before["w"]))
+            before["w"] = now
+        real_update(ema, model, *args)
+
+    monkeypatch.setattr(script, "PatchGAN", Critic)
+    monkeypatch.setattr(script, "ema_update", update)
+    flags = "--image-size 24 --gan 0.75 --decoder-steps 16 --steps 1"
+    script.main(SMALL + flags.split())
+    assert moved == [False] * 6 + [True] * 10
+
+
+def test_weight_of_the_adversarial_term_makes_its_gradient_a_share_of_the_others():
+    net = script.ViTDecoder(6, 8, 4, 16, 1, 2, 32)
+    critic, f, x = script.PatchGAN(8, 2), torch.randn(4, 36, 8), torch.rand(4, 3, 24, 24)
+    x_hat = net(f)
+    rec, adversarial = (x_hat - x).abs().mean() / 2, script.hinge_generator(critic(x_hat))
+    w = 0.75 * script.adaptive_weight(rec, adversarial, net.output.weight)
+    size = [torch.autograd.grad(v, net.output.weight, retain_graph=True)[0].norm().item()
+            for v in (rec, w * adversarial)]
+    assert size[1] == pytest.approx(0.75 * size[0], rel=0.02)
+
+
+def test_sample_uses_ema_decoder_and_latents_of_the_file(small_data):
+    script.main(SMALL + ["--out", "run", "--guidance", "1.5"])
+    saved = dict(load_checkpoint("run/last.pt"))
+    saved["model"] = {k: w * 0 for k, w in saved["model"].items()}  # only the EMA is sampled
+    torch.save(saved, "run/other.pt")
+    cfg = script.Config(**saved["config"])
+    n = saved["latents"].shape[1]
+    net, decoder = script.build(cfg, n, 10).eval(), script.build_decoder(cfg, n).eval()
+    net.load_state_dict(saved["ema"])
+    decoder.load_state_dict(saved["decoder"])
+    script.main(["--sample", "run/other.pt", "--n", "20", "--npz", "--out", "s"])
+    noise = torch.randn(20, 4, n, generator=next(script.shares(20, 250, 0))[1])
+    y, z, alpha = torch.arange(20) % 10, noise, (4 * n / 4096) ** 0.5
+    with torch.no_grad():
+        for t, then in ((1.0, alpha * 0.5 / (1 + (alpha - 1) * 0.5)), (None, 0.0)):
+            t = last if t is None else t
+            v, null = (net(z, torch.full((20,), t), k) for k in (y, torch.full((20,), 10)))
+            z, last = z + (then - t) * (null + 1.5 * (v - null)), then
+        mean, std = saved["latents"]
+        expected = script.to_uint8(decoder(z * std + mean)).int()
+    with np.load("s/sample.npz") as file:
+        assert file["arr_1"].tolist() == y.tolist()
+        got = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).int()
+    assert (got - expected).abs().max() <= 1
+    assert Image.open("s/sample.png").size == (2 * 66, 10 * 66)
+
+
+def test_weak_network_guides_and_must_fit(small_data, refuses):
+    script.main(SMALL + ["--out", "run"])
+    flags = ["--decoder-dir", "run/decoder", "--dim", "8", "--head-depth", "0", "--steps", "2"]
+    script.main(SMALL + flags + ["--out", "weak"])
+    entries = dict(load_checkpoint("weak/last.pt"))
+    entries["ema"] = {k: v + 0.1 for k, v in entries["ema"].items()}
+    torch.save(entries, "weak/other.pt")
+    draws = {}
+    for name, guide in (("own", []), ("none", ["--guidance", "3"]),
+                        ("weak", ["--guidance", "3", "--weak", "weak/last.pt"]),
+                        ("other", ["--guidance", "3", "--weak", "weak/other.pt"])):
+        script.main(["--sample", "run/last.pt", "--n", "10", "--npz", "--out", name] + guide)
+        draws[name] = np.load(f"{name}/sample.npz")["arr_0"]
+    for one, two in (("own", "weak"), ("weak", "other"), ("none", "other")):
+        assert (draws[one] != draws[two]).any()
+    guided = ["--sample", "run/last.pt", "--guidance", "3", "--weak"]
+    refuses(lambda: script.main(guided[:2] + ["--weak", "weak/last.pt"]), "guidance 1")
+    refuses(lambda: script.main(guided + ["none.pt"]), "none.pt")
+    entries["config"] = entries["config"] | {"patch": 2}
+    torch.save(entries, "weak/patch.pt")
+    refuses(lambda: script.main(guided + ["weak/patch.pt"]), "weak/patch.pt", "patch 2")
+    entries["config"] = {"views": 2}
+    torch.save(entries, "weak/foreign.pt")
+    refuses(lambda: script.main(guided + ["weak/foreign.pt"]), "weak/foreign.pt", "views")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--image-size", "9"], ["9", "patch 4"]),
+        (["--heads", "3"], ["dim / heads", "multiple of 4"]),
+        (["--head-dim", "20"], ["head_dim / head_heads", "20 / 2"]),
+        (["--decoder-dim", "12"], ["decoder_dim / decoder_heads"]),
+        (["--decoder-steps", "0"], ["decoder_steps", "at least 1"]),
+        (["--tau", "-1"], ["tau", "negative"]),
+        (["--alpha", "inf"], ["alpha"]),
+        (["--ema-decay", "1"], ["ema_decay"]),
+        (["--gan", "0.75"], ["image_size 24"]),
+        (["--sigma-law", "normal"], ["normal", "half-normal"]),
+        (["--time-law", "beta"], ["beta", "uniform"]),
+        (["--perceptual", "vgg"], ["vgg", "lpips"]),
+        (["--weak", "weak.pt"], ["weak", "guidance 1"]),
+        (["--weak", "weak.pt", "--guidance", "2"], ["weak.pt"]),
+        (["--encoder", "none.safetensors"], ["none.safetensors", "simsiam.py"]),
+        (["--preset", "imagenet"], ["imagenet", "paper-dit"]),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses, small_data):
+    refuses(lambda: script.main(SMALL + flags), *words)
+    assert not Path("runs").exists()
+
+
+def test_lpips_without_its_package_says_what_to_install(refuses, small_data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    refuses(lambda: script.main(SMALL + ["--perceptual", "lpips"]), "lpips")
+
+
+# ---- the claim's own parts -------------------------------------------------------------
+
+
+def test_patches_in_the_place_of_an_encoder_are_undone_exactly():
+    x = torch.randn(2, 3, 12, 12)
+    f = claim.Pixels(4)(x)
+    assert f.shape == (2, 9, 48) and torch.equal(claim.Unpatch(4)(f), x)
+
+
+def test_token_net_is_bounded_by_its_width_and_freed_by_its_head():
+    for d, head, rank in ((8, 0, 8), (8, 24, 20)):
+        net = stir(claim.TokenNet(20, d, 2, head), 0.5)
+        v = net(torch.randn(40, claim.TOKENS, 20), torch.rand(40), None).detach().flatten(0, 1)
+        assert torch.linalg.matrix_rank((v - v.mean(0)).double(), rtol=1e-5) == rank
+
+
+def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
+    paths = [claim.random_encoder(tmp_path / name, int(name[0])) for name in ("0", "0 again", "1")]
+    weights = [load_encoder(str(path), 2, "plain").state_dict() for path in paths]
+    teacher = load_encoder("assets/teacher.safetensors", 2, "plain").state_dict()
+    assert {k: w.shape for k, w in teacher.items()} == {k: w.shape for k, w in weights[0].items()}
+    same = lambda a, b: all(torch.equal(w, b[name]) for name, w in a.items())
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_both_stages_and_sample_as_one():
+    flags = SMALL + ["--image-size", "24", "--gan", "0.75", "--out", "two"]
+    head = "-m torch.distributed.run --standalone --nproc-per-node=2 --".split()
+    head = [sys.executable, *head]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def finish(command):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    finish(head + [str(ROOT / "rae.py"), *flags])
+    last = load_checkpoint("two/last.pt")
+    assert last["step"] == 4
+    draw = "--sample two/last.pt --n 300 --npz --device cpu --precision fp32".split()
+    draw = [str(ROOT / "rae.py"), *draw]
+    finish([sys.executable, *draw, "--out", "s1"])
+    finish(head + [*draw, "--out", "s2"])
+    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_compiled_bf16_on_cuda(small_data):
+    script.main(SMALL[6:])  # without device, compile and precision
+    assert math.isfinite(lines("runs/rae")[-1]["loss"])
