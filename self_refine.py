@@ -64,11 +64,11 @@ class Config:
     frames: int = 16  # of a clip, at 15 a second; Wan: 4 k + 1
     given: int = 2  # first frames that are given clean; 0: none
     texture: bool = False  # a random smooth background that does not move, instead of black
-    components: int = 40  # principal components of a frame, for each channel; 0: work on pixels
+    components: int = 64  # principal components K of a channel of a frame; 0: work on pixels
     patch_frames: int = 1  # latent frames in a patch, which becomes one token
-    patch: int = 1  # side of a patch; with components a latent frame has one place only
-    dim: int = 160  # width
-    depth: int = 5  # blocks
+    patch: int = 1  # side of a patch; with components 1: a token is a channel of a frame
+    dim: int = 128  # width
+    depth: int = 4  # blocks
     heads: int = 4  # attention heads
     label_drop: float = 0.1  # share of labels replaced by "no condition", for guidance
     warmup: int = 100  # steps of linear warm-up
@@ -108,7 +108,7 @@ class Config:
         side = 1 if self.components else self.image_size
         if side % self.patch or self.frames % self.patch_frames:
             raise ValueError(f"patches of {self.patch_frames} frames and side {self.patch} do not "
-                             f"divide latents of {self.frames} frames and side {side}")
+                             f"divide latents of {self.frames} frames and width {side}")
         if self.components > self.image_size**2 or self.batch_size > self.clips:
             raise ValueError("more components than pixels of a frame, or batch_size than clips")
 
@@ -124,7 +124,8 @@ PRESETS = {
 SAMPLING = ("plan", "tau", "sampling_steps", "shift", "guidance")
 
 # ---- data ------------------------------------------------------------------------------
-# Latents are (B, C, F, H, W) everywhere: C = 3 components, H = W = 1 with FramePCA, else pixels.
+# Latents are (B, C, F, H, W) everywhere. With FramePCA the K components of a channel are C, and the
+# three channels stand in a column: H = 3, W = 1. Without, they are the pixels.
 
 class FramePCA(nn.Module):
     """Linear autoencoder: a channel of a frame <-> its first K principal components, whitened."""
@@ -146,14 +147,13 @@ class FramePCA(nn.Module):
         self.std.copy_(std.clamp(min=0.05 * std[0]))  # a floor, so that noise is not blown up
         return self
 
-    def encode(self, videos):  # (B, 3, F, S, S) -> (B, 3 K, F, 1, 1)
+    def encode(self, videos):  # (B, 3, F, S, S) -> (B, K, F, 3, 1)
         x = rearrange(videos, "b c f h w -> b f c (h w)")
         z = (x - self.mean) @ self.basis.T / self.std
-        return rearrange(z, "b f c k -> b (c k) f 1 1")
+        return rearrange(z, "b f c k -> b k f c 1")
 
-    def decode(self, z):  # (B, 3 K, F, 1, 1) -> (B, 3, F, S, S)
-        z = rearrange(z, "b (c k) f 1 1 -> b c f k", c=3)
-        x = self.mean + (z * self.std) @ self.basis
+    def decode(self, z):  # (B, K, F, 3, 1) -> (B, 3, F, S, S)
+        x = self.mean + (rearrange(z, "b k f c 1 -> b c f k") * self.std) @ self.basis
         return rearrange(x, "b c f (h w) -> b c f h w", h=self.size)
 
 class Pixels(nn.Module):
@@ -393,8 +393,8 @@ def wan_velocity(transformer, text, no_text, guidance):
 def build(cfg):
     """The network of this config, for 1, 2 or 3 balls, and what makes latents of videos."""
     codec = FramePCA(cfg.image_size, cfg.components) if cfg.components else Pixels()
-    C, side = (3 * cfg.components, 1) if cfg.components else (3, cfg.image_size)
-    shape = C, cfg.frames, side, side
+    C, H, W = (cfg.components, 3, 1) if cfg.components else (3, cfg.image_size, cfg.image_size)
+    shape = C, cfg.frames, H, W
     return VideoDiT(shape, cfg.patch_frames, cfg.patch, 3, cfg.dim, cfg.depth, cfg.heads), codec
 
 def draw(net, codec, videos, y, index, cfg, device, plan):
