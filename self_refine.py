@@ -93,8 +93,10 @@ class Config:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not self.shift > 0 or not 0 <= self.given < self.frames:
             raise ValueError(f"need shift > 0 and given < frames, got {self.shift}, {self.given}")
-        windows, edge = parse_plan(self.plan), 0
-        for low, high, K in windows:
+        if not re.fullmatch(r"(\d*\.?\d+-\d*\.?\d+:\d+(,|$))*", self.plan):
+            raise ValueError(f"plan {self.plan} is not low-high:K or several, a comma between them")
+        edge = 0
+        for low, high, K in parse_plan(self.plan):
             if not edge <= low < high <= 1 or K < 1:
                 raise ValueError(f"plan {self.plan} needs rising windows in [0, 1] and K >= 1")
             edge = high
