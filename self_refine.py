@@ -4,9 +4,9 @@ Paper     Jang, Ki, Jo, Xie, Yoon, Hwang. Self-Refining Video Sampling. arXiv:26
 Here      Eq. 3 flow_loss, predict-and-perturb (Eq. 5-9) and the uncertainty mask (Eq. 10-11)
           pnp_sample, the schedule of its iterations plan_steps; pretrained Wan: refine_pretrained
 Changed   plans are windows of t, not of step numbers, which depend on the flow shift; noise of the
-          iterations comes from a generator of its own, one a clip; the mask is measured for each
-          clip and each latent frame or pixel (the authors' code multiplies shapes that fit for one
-          clip only); conditioning frames take part by replacement, as in the authors' Cosmos code
+          iterations comes from a generator of its own, one a clip; the mask keeps its channel axis
+          (the authors' shapes fit for one clip only); conditioning frames take part by replacement,
+          as in the authors' Cosmos code; the generator is a small one, trained here
 Left out  the early exit of the inner loop where all is certain; per-token times (Wan 2.2 TI2V-5B);
           a second expert for low noise (Wan 2.2 A14B); image conditions in further channels
 Notation  z1   clean latent video, (B, C, F, H, W)     t    0 = noise ... 1 = data
@@ -72,7 +72,7 @@ class Config:
     heads: int = 4  # attention heads
     label_drop: float = 0.1  # share of labels replaced by "no condition", for guidance
     warmup: int = 100  # steps of linear warm-up
-    plan: str = "0.4-0.6:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
+    plan: str = "0.2-0.4:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
     tau: float = 0.0  # places whose prediction moves less are kept (paper: 0.25); 0: no mask
     sampling_steps: int = 20  # Euler steps N
     shift: float = 1.0  # flow shift s: the noise level q becomes s q / (1 + (s - 1) q)
@@ -141,7 +141,7 @@ class FramePCA(nn.Module):
 
     def fit(self, videos):
         """Components of the frames of videos (B, 3, F, S, S), the three channels together."""
-        x = rearrange(videos, "b c f h w -> (b c f) (h w)").double()
+        x = rearrange(videos, "b c f h w -> (b c f) (h w)").cpu().double()
         self.mean.copy_(x.mean(0))
         values, vectors = torch.linalg.eigh(x.T.cov())  # ascending
         self.basis.copy_(vectors.T.flip(0)[:len(self.basis)])
