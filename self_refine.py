@@ -61,8 +61,8 @@ class Config:
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 20_000  # training clips, made at the start
-    frames: int = 16  # of a clip, at 15 a second; Wan: 4 k + 1
-    given: int = 2  # first frames that are given clean; 0: none
+    frames: int = 16  # of a clip, at 15 a second (Wan: 4 k + 1, 16 a second)
+    given: int = 2  # first frames that are given clean (Wan: none)
     texture: bool = False  # a random smooth background that does not move, instead of black
     components: int = 64  # principal components K of a channel of a frame; 0: work on pixels
     patch_frames: int = 1  # latent frames in a patch, which becomes one token
@@ -75,7 +75,7 @@ class Config:
     plan: str = "0.2-0.4:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
     tau: float = 0.0  # places whose prediction moves less are kept (paper: 0.25); 0: no mask
     sampling_steps: int = 20  # Euler steps N
-    shift: float = 1.0  # flow shift s: the noise level q becomes s q / (1 + (s - 1) q)
+    shift: float = 1.0  # flow shift s: noise level q becomes s q / (1 + (s - 1) q) (Wan: its own)
     guidance: float = 1.0  # classifier-free guidance; 1: off
     generator: str = ""  # a pretrained Wan model of diffusers instead of the network trained here
     prompt: str = ""  # what it shows
@@ -101,9 +101,10 @@ class Config:
                 raise ValueError(f"plan {self.plan} needs rising windows in [0, 1] and K >= 1")
             edge = high
         if self.generator:
-            if not self.prompt or self.image_size % 16 or self.width % 16 or self.width < 1:
-                raise ValueError("a generator needs a prompt, and image_size (height) and width "
-                                 f"in multiples of 16, got {self.image_size} and {self.width}")
+            misfit = self.image_size % 16 or self.width % 16 or self.frames % 4 != 1
+            if misfit or self.width < 1 or not self.prompt:
+                raise ValueError("a generator needs a prompt, image_size (height) and width in "
+                                 "multiples of 16, and 4 k + 1 frames")
             return
         if self.dim < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim / heads must be even, got {self.dim} / {self.heads}")
@@ -118,9 +119,9 @@ PRESETS = {
     "gpu": dict(  # pixels: 512 tokens, patch 2 x 4 x 4
         batch_size=256, steps=5000, lr=1e-3, save_every=1000, clips=50_000, components=0,
         patch_frames=2, patch=4, dim=256, depth=8, heads=8, sampling_steps=40),
-    "wan": dict(  # the authors' Wan script: steps 2-5 of 40 with K = 3, 6-13 with K = 1
+    "wan": dict(  # authors' script: steps 2-5 of 40 with K = 3, 6-13 with K = 1; t at its shift, 3
         generator="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", image_size=480, width=832, frames=81, given=0,
-        n=1, plan="0.013-0.05:3,0.05-0.145:1", tau=0.25, sampling_steps=40, shift=3.0, guidance=5.0,
+        n=1, plan="0.013-0.05:3,0.05-0.145:1", tau=0.25, sampling_steps=40, guidance=5.0,
         prompt="Three glass marbles roll down a wooden slope, collide and bounce off the wall"),
 }
 SAMPLING = ("plan", "tau", "sampling_steps", "shift", "guidance")

@@ -512,6 +512,7 @@ def test_held_out_clips_are_not_training_clips_and_depend_on_no_seed_of_the_run(
         (["--components", "65"], ["components"]),
         (["--clips", "5"], ["batch_size"]),
         (["--generator", "some/Wan"], ["prompt"]),
+        (WAN + ["--frames", "8"], ["4 k + 1"]),
         (["--preset", "paper"], ["paper", "wan"]),
         (["--sampling-steps", "0"], ["sampling_steps"]),
     ],
