@@ -161,6 +161,65 @@ def shape_distance(name, x, y):
         "corner": lambda: torch.minimum(box(x, y + 0.5, 0.8, 0.26), box(x + 0.54, y, 0.26, 0.76)),
     }[name]()
 
+def simulate_balls(p, v, radius, frames, step=1 / 15, gravity=1.6):
+    """Exact elastic motion in the unit box, y down: parabolas from one wall or ball to the next.
+    p, v     (n, balls, 2) float64 in the first frame, NaN: no ball; radius (n,); equal masses
+    returns  (n, frames, balls, 4): x, y, vx, vy"""
+    r, (i, j) = radius[:, None], torch.combinations(torch.arange(p.shape[1])).T
+    tracks, g = [torch.cat([p, v], -1)], p.new_tensor([0, gravity])
+    for _ in range(frames - 1):
+        left = torch.full_like(radius, step)
+        while left.any():  # each clip goes on to its next event, or to the frame
+            (x, y), (vx, vy) = p.unbind(-1), v.unbind(-1)
+            side = torch.where(vx > 0, 1 - r - x, x - r) / vx.abs()
+            floor = ((vy**2 + 2 * gravity * (1 - r - y)).clamp(min=0).sqrt() - vy) / gravity
+            ceiling = -((vy**2 - 2 * gravity * (y - r)).sqrt() + vy) / gravity
+            dp, dv = p[:, i] - p[:, j], v[:, i] - v[:, j]
+            a, b, c = (dv * dv).sum(-1), (dp * dv).sum(-1), (dp * dp).sum(-1) - 4 * r**2
+            meet = -((b**2 - a * c).sqrt() + b) / a  # |dp + s dv| = 2 r: both fall alike
+            times = [side, floor, ceiling.where(vy < 0, math.inf), meet.where(b < 0, math.inf)]
+            first, event = torch.cat(times, 1).nan_to_num(math.inf).clamp(min=0).min(1)
+            dt, stop = torch.minimum(first, left)[:, None, None], (first < left)[:, None]
+            p, v, left = p + v * dt + g * dt**2 / 2, v + g * dt, left - dt[:, 0, 0]
+            hit = nn.functional.one_hot(event, sum(t.shape[1] for t in times)).bool() & stop
+            side, floor, ceiling, meet = hit.split([t.shape[1] for t in times], 1)
+            v = torch.where(torch.stack([side, floor | ceiling], -1), -v, v)
+            normal = nn.functional.normalize(p[:, i] - p[:, j], dim=-1)
+            kick = torch.where(meet[..., None], (dv * normal).sum(-1, True) * normal, 0)
+            v = v.index_add(1, i, -kick).index_add(1, j, kick)  # they swap their normal parts
+        tracks.append(torch.cat([p, v], -1))
+    return torch.stack(tracks, 1)
+
+def draw_balls(tracks, radius, size):
+    """Tracks (n, F, balls, 2 or 4) -> cover of the pixels, a Gaussian blob of std 0.6 r for each
+    ball, 1 in its middle and 0 for NaN: float32 (n, balls, F, size, size)."""
+    axis = (torch.arange(size, device=tracks.device) + 0.5) / size
+    d = (axis - tracks[..., :2, None]) / (0.6 * radius.view(-1, 1, 1, 1, 1))
+    x, y = (-d**2 / 2).exp().nan_to_num(0).float().transpose(1, 2).unbind(3)  # (n, balls, F, size)
+    return y[..., :, None] * x[..., None, :]
+
+def bouncing_balls(n, frames, size, seed, texture=False):
+    """Clips, 15 frames a second, of balls that fall and bounce in the unit box, one a channel.
+    texture  a random smooth background that does not move, instead of black
+    returns  namespace: videos uint8 (n, 3, F, size, size), background uint8 (n, 3, 1, size, size),
+             tracks (n, F, 3, 4), radius (n,), labels int64 (n,): clip i has 1 + i % 3 balls"""
+    generator, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 3
+    uniform = functools.partial(torch.rand, dtype=torch.float64, generator=generator)
+    radius = torch.where(labels < 2, 0.13, 0.10).double()
+    p, again = torch.zeros(n, 3, 2, dtype=torch.float64), torch.arange(n)
+    while len(again):  # no two may overlap
+        r = radius[again, None, None]
+        p[again] = r + (1 - 2 * r) * uniform(len(again), 3, 2)
+        p[torch.arange(3) > labels[:, None]] = math.nan
+        distance = (p[:, [0, 0, 1]] - p[:, [1, 2, 2]]).norm(dim=-1)
+        again = (distance < 2 * radius[:, None]).any(1).nonzero()[:, 0]
+    v = (2 * uniform(n, 3, 2) - 1) * torch.tensor([1.6, 1.2])
+    tracks, coarse = simulate_balls(p, v, radius, frames), uniform(n, 3, 4, 4).float() * texture / 2
+    back = nn.functional.interpolate(coarse, size, mode="bilinear").mul(255).round()[:, :, None]
+    videos = torch.lerp(back, back.new_tensor(255), draw_balls(tracks, radius, size)).round()
+    return argparse.Namespace(videos=videos.to(torch.uint8), background=back.to(torch.uint8),
+                              tracks=tracks, radius=radius, labels=labels)
+
 def load_images(cfg, device, split="all"):
     """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
     `shapes:disc,ring` keeps these kinds, with their labels.
