@@ -5,10 +5,10 @@ Paper     Yang, Li, Jiang, Chen, Li. Multi-Subspace Multi-Modal Modeling for Dif
 Here      data model, exact score MoLRMoG; Eq. 3, the network, MoGExperts (MoLRG: gauss); encoder,
           gate, decoder MoESubspaceDenoiser; Fig. 5 ExpertVAEs and --unified, one for all
 Changed   means are lifted, A mu, the covariance is A U U^T A^T (the printed formula mixes d and D);
-          residuals go with their own means (two are swapped in print); C^-1, right for any U;
-          covariances tau^2 I + V lam V^T, V^T V = I, need no solve, rank 0 is the two-layer softmax
-          network; noise eta off the subspaces; EM, then the loss: the paper's training is not known
-Left out  ImageNet with a large VAE fine-tuned to one class, LoRA a cluster; the bounds
+          residuals go with their own means (two are swapped in print); any U, by eigenvectors:
+          covariances tau^2 I + V lam V^T, V^T V = I (rank 0, equal tau: two-layer softmax network);
+          noise eta off the subspaces; EM, then the loss: how the paper trains is not known
+Left out  a gate over VAEs (k is the label there); ImageNet, a fine-tuned VAE, LoRA; the bounds
 Notation  x0  data, (B, D)                   x      s x0 + gamma e, noisy; images: s = 1
           A   bases of K subspaces, D x d_k  z      A^T x or a VAE's code, (B, K, d)
           mu  means of m modes, (K, m, d)    g2     gamma^2 + s^2 eta^2, noise beside A z
@@ -60,18 +60,18 @@ class Config:
     latent_dim: int = 16  # d
     vae_steps: int = 2000  # optimizer steps of the first stage
     vae_lr: float = 2e-3  # Adam, of the VAEs, cosine to 0
-    vae_channels: int = 32  # of the hidden feature maps of one VAE; half as many at full size
+    vae_channels: int = 32  # of the hidden feature maps of one VAE; half as many at size S / 2
     kl: float = 2e-3  # weight of the KL term; 2 sd^2 is the ELBO of pixels with noise sd
     vae_dir: str = ""  # folder of the first stage, which runs may share; empty: <out>/vae
     expert: str = "mog"  # mog | gauss | mlp: latent score; gauss is MoLRG, mlp has no density
     modes: int = 8  # n_k (paper: 4, 8 and 40)
-    rank: int = 4  # of a mode's covariance beside tau^2 I; 0: two-layer softmax network
+    rank: int = 4  # of a mode's covariance beside tau^2 I; 0, equal tau: two-layer softmax
     width: int = 64  # of the two hidden layers of mlp
     gate: str = "soft"  # soft | label | top1: of linear experts, in training and sampling
     learn_subspaces: bool = False  # train linear bases, too; wants lr / 10
     sampler: str = "expert"  # expert | gated: choose k, then its latent ODE; or ambient ODE, linear
     sampling_steps: int = 40  # noise levels of the sampler, geometric
-    sigma_max: float = 10.0  # largest noise level; latents, or all pixels, have mean square 1
+    sigma_max: float = 10.0  # largest noise level; latents have mean square 1
     sigma_min: float = 0.02  # smallest one
     def __post_init__(self):
         linear, S, d = self.projection == "linear", self.image_size, self.latent_dim
@@ -84,8 +84,8 @@ class Config:
                  "need sigma_max > sigma_min > 0 and sampling_steps > 1"),
                 (0 <= self.rank <= d < 3 * S**2, f"need 0 <= rank <= latent_dim < {3 * S**2}"),
                 (S % 4 == self.vae_channels % 2 == 0, "image_size: divisible by 4, channels: by 2"),
-                (linear or (self.sampler == "expert" and not self.learn_subspaces),
-                 "sampler gated and learn_subspaces need projection linear"),
+                (linear or (self.sampler, self.gate, self.learn_subspaces) == ("expert", "soft", 0),
+                 "sampler gated, gate and learn_subspaces need projection linear"),
                 (not linear or not self.unified, "unified, one VAE, needs projection vae"),
                 (not linear or self.expert != "mlp" or self.gate == "label",
                  "expert mlp has no density for a gate: it needs gate label")):
@@ -126,7 +126,7 @@ def to_float(images):
 
 def load_experts(cfg, device):
     """Training images by expert, uint8 (N, K, 3, S, S), the first counts (K,), the rest repeats;
-    mean (D,) and scale: (x - mean) / scale has mean square 1. One mean, as subspaces contain 0."""
+    mean (D,) and scale: |(x - mean) / scale|^2 is d on average; one mean: subspaces contain 0."""
     data = load_images(cfg, device, "train")
     if data.images is None:
         fail(f"--data {cfg.data}: experts need images by index, but this set is streamed")
@@ -144,7 +144,7 @@ def load_experts(cfg, device):
         fail(f"{K} experts: one has no image, or --batch-size is below {K * WORLD}")
     rows = torch.arange(counts.max(), device=device)
     images = torch.stack([data.images[i[rows % len(i)]] for i in index], 1)
-    return images, counts, mean, some.square().mean().sqrt()
+    return images, counts, mean, (some.square().sum(1).mean() / cfg.latent_dim).sqrt()
 
 def expert_batch(x, counts, cfg):
     """This rank's part of a batch of x (N, K, ...), as many of every expert: (n, K, ...)."""
@@ -175,15 +175,15 @@ class MoGExperts(nn.Module):
     def modes(self, z, s, g2):
         """log pi + log N(z; s mu, C) of each mode, (B, K, m), and E[z0 | z, mode], (B, K, m, d)."""
         s, g2, tau2 = column(s, z, 3), column(g2, z, 3), self.log_tau2.exp()
-        u, v = z[:, :, None] - s[..., None] * self.mu, s**2 * tau2 + g2  # v: variance off V
-        shrink = (s * tau2 / v)[..., None]
+        u, v = z[:, :, None] - s[..., None] * self.mu, s**2 * tau2 + g2  # v: C off V
+        shrink = (s * tau2 / v)[..., None]  # s Sigma C^-1 off V
         log_q = (self.logit_pi.log_softmax(1) - u.square().sum(-1) / (2 * v)
                  - self.dims[:, None] / 2 * (2 * math.pi * v).log())
-        a = torch.einsum("bkmd,kmdr->bkmr", u, self.V)
+        a = torch.einsum("bkmd,kmdr->bkmr", u, self.V)  # coordinates of u along V
         s, v, lam = s[..., None], v[..., None], self.log_lam.exp()
-        w = v + s**2 * lam  # variance along V
+        w = v + s**2 * lam  # C along V: now u^T C^-1 u and ln |C|
         log_q = log_q + (a.square() * (1 / v - 1 / w) - (w / v).log()).sum(-1) / 2
-        gain = s * (tau2[..., None] + lam) / w - shrink
+        gain = s * (tau2[..., None] + lam) / w - shrink  # s Sigma C^-1 along V, beyond shrink
         z_hat = self.mu + shrink * u + torch.einsum("bkmr,kmdr->bkmd", gain * a, self.V)
         return log_q, z_hat
     def forward(self, z, s, g2):  # (B, K, d), float or (B,) -> z_hat (B, K, d), log p (B, K)
@@ -292,7 +292,7 @@ class ExpertVAEs(nn.Module):
 
 @torch.no_grad()
 def tangent_gradient(A):
-    """A.grad less A sym(A^T grad), the part that Adam, entry by entry, would make a turn of A."""
+    """Project A.grad on the tangent of A^T A = I: Adam would turn the rest into a rotation of A."""
     A.grad -= A @ (A.mT @ A.grad + A.grad.mT @ A) / 2
 
 @torch.no_grad()
@@ -343,7 +343,7 @@ def vae_loss(net, x, kl):
 
 def score_matching_loss(denoiser, x0, sigma_min, sigma_max):
     """E (1 + 1 / sigma^2) (x0_hat - x0)^2, ln sigma uniform; x0 (B, ...) of mean square 1. Scalar.
-    Weight of EDM, since 1 / sigma^4, that of the score, is conditioned as (1 + 1 / sigma^2)^2."""
+    EDM's weight; the score's own, 1 / sigma^4, leaves low noise ill-conditioned (as sigma^-4)."""
     sigma = sigma_min * (sigma_max / sigma_min)**torch.rand(len(x0), device=x0.device)
     wide = column(sigma, x0, x0.ndim)
     x0_hat = denoiser(x0 + wide * torch.randn_like(x0), sigma)
@@ -448,8 +448,8 @@ def train(cfg):
         z = x0 = x0 / scale
     else:
         x0 = (to_float(images).flatten(2) - mean) / scale  # (N, K, D)
-        for k, m in enumerate(counts.tolist()):
-            model.A.data[k] = uncentred_svd(x0[:m, k], cfg.latent_dim)
+        for k, count in enumerate(counts.tolist()):
+            model.A.data[k] = uncentred_svd(x0[:count, k], cfg.latent_dim)
         z = torch.einsum("nkD,kDd->nkd", x0, model.A.data)
         model.eta2.copy_((x0.square().sum() - z.square().sum()) / (x0.numel() - z.numel()))
         model.logit_w.data.copy_(counts.log())
@@ -461,10 +461,10 @@ def train(cfg):
     frame = {"share": counts / counts.sum(), "mean": mean, "scale": scale}
     every = torch.arange(len(counts), device=device)
     def loss():
-        x, call = expert_batch(x0, counts, cfg), lambda z, sigma: net(z, 1.0, sigma**2)[0]
-        if not vae:
-            y, x = every.repeat(len(x)), x.flatten(0, 1)
-            call = lambda x, sigma: net(x, 1.0, sigma, y)[0]
+        x, y = expert_batch(x0, counts, cfg), None
+        if not vae:  # an ambient point and its expert a row
+            x, y = x.flatten(0, 1), every.repeat(len(x))
+        call = lambda x, sigma: (net(x, 1.0, sigma**2) if vae else net(x, 1.0, sigma, y))[0]
         return score_matching_loss(call, x, cfg.sigma_min, cfg.sigma_max)
     def picture(ema, path):
         k = every[:10].repeat_interleave(8)

@@ -461,7 +461,7 @@ def test_images_are_sorted_by_expert_and_drawn_evenly(monkeypatch):
         assert (share - 1 / len(members)).abs().max() < 0.06
     pixels = (script.to_float(images).flatten(1) - mean) / scale
     assert pixels.mean().abs() < 1e-5
-    assert pixels.square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert pixels.square().sum(1).mean().item() == pytest.approx(2, rel=1e-4)  # latent_dim
 
 
 def test_clusters_make_experts_without_labels(monkeypatch):

@@ -9,39 +9,46 @@ independent implementation in numpy, sizes alike (K = 3, d = 4, four modes, tau 
 excesses E |x0_hat - E[x0 | x]|^2 against the closed form, summed over coordinates.
 
 error     The estimation error escapes the curse of the ambient dimension D: polynomial, not
-          exponential. MoE: SVD per label, then EM in the latent space, no training. Agrees if at
+          exponential. MoE: SVD per label, then EM in the latent space, no training; it knows eta
+          and the isotropic modes, too. (At eta = 0 SVD is exact, so flat in D.) Agrees if at
           sigma 0.3 the means of MoE and MoLRG are within a factor 2 of the reference where there
           is one; MoE changes by less than a factor 2 over D for eta = 0 and grows with D for eta =
-          0.1; MoLRG (one Gaussian of mean 0 a subspace) has more than 10 times the error of MoE,
-          and so has the large MLP. (At fixed d an MLP does not show the curse either.)
+          0.1, with a slope of at most 1.3 in log-log from D = 64; MoLRG (one Gaussian of mean 0 a
+          subspace) has more than 10 times the error of MoE, and so has the large MLP. (At fixed d
+          an MLP does not show the curse either.)
 samples   Error against the number of samples N, sigma 0.5. The theorem bounds the loss by N^-1/2;
           a model that fits should reach 1 / N. Agrees if the slope in log-log is -1 +- 0.15 at
           every seed and eta, and MoLRG's error falls by less than half from first N to last.
 rate      Gradient descent near the truth contracts by (kappa - 1) / (kappa + 1) a step. Two modes
           +-mu with one direction U, s = 1, gamma = 0.7, moments of the sample exact. Agrees if with
           |mu| = 3 the measured rate is within 1 % of that from lambda_min = s^2 / (s^2 + gamma^2)^2
-          (the paper's, of mu) and lambda_max = 4 (s / gamma)^4 / (s^2 + gamma^2) (derived, of U;
-          the printed lambda_min of U is 0 if mu is orthogonal to U). overlap, |mu| = 1: not judged.
+          (the paper's, of mu) and lambda_max = 4 (s / gamma)^4 / (s^2 + gamma^2) (derived, of U),
+          and the printed lambda_min of U, which is 0 if mu is orthogonal to U, within 10 % of the
+          measured one. overlap, |mu| = 1: not judged. It tests the theorem, not the script.
 size      Parameters at equal error, D = 64, eta = 0. Agrees if no MLP of less than 100 times the
           parameters comes within ten times the error of MoE.
 gate      D = 64, d_k = 2, 4, 8, true parameters. Agrees if the soft gate's excess is below 1e-10
           and that of every other gate above 1e-3 at sigma 1; K-subspaces gets 95 % of the labels.
 images    CLIP score of ImageNet's parachutes: latent U-Net 0.304, MoG 0.293 with about a tenth of
-          the parameters, Gaussian 0.254; MoG fails with a unified VAE (Fig. 5). Agrees if with
-          expert-specific VAEs the held-out denoising loss at sigma 0.3 and 1 and the Frechet
-          distance of gauss are above mog's at every seed; the U-Net's loss is at most mog's at
-          0.3, where mog is nearer to the U-Net than to gauss; the U-Net has at least 8 times the
-          parameters; and mog's distance over the U-Net's is larger with the unified VAE.
+          the parameters, Gaussian 0.254. Expert-specific VAEs, at every seed. Agrees if gauss has a
+          larger held-out denoising loss at sigma 0.3 and 1 and a larger Frechet distance than mog;
+          the U-Net's loss at both and its distance are at most mog's; mog's loss at 0.3 is nearer
+          to the U-Net's than to that of gauss. (The U-Net's size is chosen: 16.6 times mog's.)
+unified   Fig. 5: MoG fails with a unified VAE, where the U-Net works. Agrees if with it mog has the
+          larger distance at every seed, and a larger one than with expert-specific VAEs.
+          The last condition on the U-Net in images and both of unified were sharpened after the
+          first full run, which had compared the ratios of distances alone and passed.
 
 mse_<sigma>   E (z_hat - z0)^2 a coordinate on held-out latents of mean square 1
 fd, accuracy  of samples, by the judge; fd_vae: of held-out images that the VAE reconstructs, which
-              no score network can beat
+              for orientation
 parameters    of the score networks; with_vaes: and the VAEs
-MLPs and U-Nets see the noise levels and the weight of the loss that the method sees. All latent
-experts train for 4,000 steps, as after 1,000 the loss of the MLP was still falling (0.67, then
-0.58); EM has fitted mixture and Gaussian before.
+MLPs and U-Nets on latents see the noise levels and the weight of the loss that the method sees. All
+latent experts train for 4,000 steps, as after 1,000 the loss of the MLP was still falling (0.67,
+then 0.58); EM has fitted mixture and Gaussian before. Linear experts take 1,000.
 """
 import functools
+import itertools
 import math
 from unittest import mock
 
@@ -239,6 +246,22 @@ def rate_arm(norm, seed, s=1.0, gamma=0.7, n=20_000, steps=160):
             "lambda_U_printed": (4 * a**2 + b**2 - b * (8 * a**2 + b**2) ** 0.5) / 2}, distance
 
 
+def dense_denoiser(oracle, x, sigma):
+    """E[x0 | x] of a union as one mixture of Gaussians in D dimensions, by dense solves: (n, D).
+    Nothing of the script but the parameters: no projection, no gate."""
+    e, eye, log_q, means = oracle.experts, torch.eye(x.shape[1], dtype=x.dtype), [], []
+    for k, A in enumerate(oracle.A):
+        for l in range(MODES):
+            mu, V = A @ e.mu[k, l], A @ e.V[k, l]
+            S = V @ torch.diag(e.log_lam[k, l].exp()) @ V.T
+            normal = torch.distributions.MultivariateNormal(mu, S + sigma**2 * eye)
+            prior = oracle.logit_w.log_softmax(0)[k] + e.logit_pi[k].log_softmax(0)[l]
+            log_q.append(prior + normal.log_prob(x))
+            means.append(mu + (x - mu) @ torch.linalg.solve(S + sigma**2 * eye, S))
+    share = torch.stack(log_q).softmax(0)[..., None]  # (components, n, 1)
+    return (share * torch.stack(means)).sum(0)
+
+
 def gate_arms(seed, D=64, dims=(2, 4, 8)):
     """Excess of gates on the true parameters, and K-subspaces against labels: {arm: metrics}."""
     torch.set_num_threads(1)
@@ -249,7 +272,7 @@ def gate_arms(seed, D=64, dims=(2, 4, 8)):
     e = torch.randn(x0.shape, generator=g, dtype=x0.dtype)
     for sigma in SIGMAS:
         x, g2 = x0 + sigma * e, sigma**2
-        exact = oracle.score(x, 1.0, sigma) * sigma**2 + x
+        exact = dense_denoiser(oracle, x, sigma)
         z = torch.einsum("bn,knd->bkd", x, oracle.A)
         lifted = torch.einsum("bkd,knd->bkn", oracle.experts(z, 1.0, g2)[0], oracle.A)
         G = oracle(x, 1.0, sigma)[1]
@@ -267,7 +290,8 @@ def gate_arms(seed, D=64, dims=(2, 4, 8)):
     near = (x0 @ A).square().sum(-1).argmax(0)
     table = torch.stack([(near[k == j]).bincount(minlength=K) for j in range(K)])
     found["K-subspaces"] = {
-        "accuracy": table.amax(1).sum().item() / len(k),
+        "accuracy": max(sum(table[i, j].item() for i, j in enumerate(order))
+                        for order in itertools.permutations(range(K))) / len(k),
         "excess_0.3": excess(oracle, fit_moe(x0, near, 0.1), 0.3),
         "excess_0.3_labels": excess(oracle, fit_moe(x0, k, 0.1), 0.3)}
     return found
@@ -343,7 +367,8 @@ def image_flags(report, vae, extra, seed, folder):
     """The command line of an image arm; vae: specific, unified, clusters or linear."""
     small = report["args"].preset == "cpu"
     argv = ["--out", folder, "--seed", seed, "--device", report["args"].device]
-    argv += ["--steps", 4000, "--sample-every", 100_000, "--save-every", 100_000]
+    argv += ["--steps", 1000 if vae == "linear" else 4000, "--sample-every", 100_000]
+    argv += ["--save-every", 100_000]
     argv += ["--vae-steps", 800] if small else ["--vae-steps", 10_000, "--image-size", 32]
     argv += {"specific": [], "unified": ["--unified", "--vae-channels", 64],
              "clusters": ["--clusters", 10], "linear": ["--projection", "linear"]}[vae]
@@ -478,7 +503,9 @@ def judge_claims(report):
             large = m("error", f"D {D} eta {eta:g} MLP-L", "excess_0.3")
             ok[eta, D, "MoLRG"], ok[eta, D, "MLP"] = bias > 10 * at[D], large > 10 * at[D]
         change = [*at.values()]
-        ok[eta, "D"] = max(change) < 2 * min(change) if eta == 0 else change == sorted(change)
+        slope = math.log(at[dims[-1]] / at[64]) / math.log(dims[-1] / 64)
+        ok[eta, "D"] = (max(change) < 2 * min(change) if eta == 0 else
+                        change == sorted(change) and slope < 1.3)
     conclude(report, "error", "polynomial, not exponential, in the ambient dimension", verdict(ok))
     ok = {}
     for eta in (0.0, 0.1):
@@ -490,6 +517,8 @@ def judge_claims(report):
              verdict(ok))
     pairs = zip(v("rate", "separated", "rate"), v("rate", "separated", "predicted"))
     ok = {i: abs(rate / predicted - 1) < 0.01 for i, (rate, predicted) in enumerate(pairs)}
+    printed = zip(v("rate", "separated", "lambda_U_printed"), v("rate", "separated", "lambda_U"))
+    ok["printed lambda_min of U"] = all(abs(a / b - 1) < 0.1 for a, b in printed)
     conclude(report, "rate", "linear convergence, (kappa - 1) / (kappa + 1) a step", verdict(ok))
     small = v("error", "D 64 eta 0 MoE", "excess_0.3")
     count = m("error", "D 64 eta 0 MoE", "parameters")
@@ -510,20 +539,20 @@ def judge_images(report):
     ok = {}
     for metric in ("mse_0.3", "mse_1", "fd"):
         ok["gauss", metric] = all(a > b for a, b in zip(get("gauss", metric), get("mog", metric)))
-    ok["U-Net"] = all(a <= b for a, b in zip(get("U-Net", "mse_0.3"), get("mog", "mse_0.3")))
+    for metric in ("mse_0.3", "mse_1", "fd"):
+        ok["U-Net", metric] = all(a <= b for a, b in zip(get("U-Net", metric), get("mog", metric)))
     triples = zip(*(get(name, "mse_0.3") for name in ("gauss", "mog", "U-Net")))
     ok["nearer"] = all(gauss - mog > mog - unet for gauss, mog, unet in triples)
     ratio = get("U-Net", "parameters")[0] / get("mog", "parameters")[0]
     both = get("U-Net", "with_vaes")[0] / get("mog", "with_vaes")[0]
-    ok["parameters"] = ratio >= 8
-    at = functools.partial(mean, report, "images")
-    gap = {vae: at(f"{vae} mog", "fd") / at(f"{vae} U-Net", "fd")
-           for vae in ("specific", "unified")}
-    ok["unified"] = gap["unified"] > gap["specific"]
-    print(f"U-Net / mog: {ratio:.1f} times the parameters, {both:.2f} with the VAEs; "
-          f"distances mog / U-Net: {gap}")
+    print(f"U-Net / mog: {ratio:.1f} times the parameters, {both:.2f} with the VAEs")
     conclude(report, "images", "CLIP: U-Net 0.304, MoG 0.293 with a tenth of the parameters, "
-             "Gaussian 0.254; MoG fails with a unified VAE (Fig. 5)", verdict(ok))
+             "Gaussian 0.254", verdict(ok))
+    unified = {name: values(report, "images", f"unified {name}", "fd") for name in ("mog", "U-Net")}
+    ok = {"against U-Net": all(a > b for a, b in zip(unified["mog"], unified["U-Net"])),
+          "against specific": all(a > b for a, b in zip(unified["mog"], get("mog", "fd")))}
+    conclude(report, "unified", "MoG fails with a unified VAE, the U-Net does not (Fig. 5)",
+             verdict(ok))
 
 
 def main(argv=None):
