@@ -11,7 +11,7 @@ Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's ha
           all channels (SiT: three of four); sampler state in float32 (authors: float64); bf16, not
           fp16; EMA with a ramp; the encoder's input is resized with antialiasing; latents are
           encoded at every step. Default run: pixels instead of latents, and SimSiam on the same
-          images as the teacher; --pool averages a teacher's tokens where its grid is finer (none)
+          images as the teacher; --pool averages a teacher's tokens where its grid is finer: 2 x 2
 Left out  NT-Xent in place of the cosine, several encoders at once, encoders read before their last
           norm (MAE, CLIP: load_encoder's norm); the authors' cache of latents; probes, CKNNA and
           all comparisons: tests/claims/repa.py
@@ -54,17 +54,17 @@ class Config:
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
-    image_size: int = 32  # side in pixels; larger images are cropped and resized
+    image_size: int = 16  # side in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images, the same for the encoder
     skip_bad: bool = False  # leave out images that cannot be read
-    batch_size: int = 32  # images per step, summed over all GPUs
-    steps: int = 2400  # optimizer steps
+    batch_size: int = 64  # images per step, summed over all GPUs
+    steps: int = 3500  # optimizer steps
     lr: float = 2e-3  # AdamW, betas (0.9, 0.999), no decay, constant; the projector's, too
     ema_decay: float = 0.999  # of the weights that are sampled
     grad_clip: float = 1.0  # largest norm of the gradient (SiT alone: none)
     log_every: int = 100  # steps between two lines in metrics.jsonl
-    save_every: int = 400  # steps between two checkpoints
-    sample_every: int = 1200  # steps between two sample grids
+    save_every: int = 500  # steps between two checkpoints
+    sample_every: int = 1750  # steps between two sample grids
     encoder: str = "assets/teacher.safetensors"  # f: a file of simsiam.py, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -80,14 +80,14 @@ class Config:
     align_depth: int = 2  # h is the output of this block, counted from 1
     projector: str = "mlp"  # mlp | conv: h_phi, three linear maps or one 3x3 convolution (iREPA)
     projector_dim: int = 256  # hidden width of mlp
-    pool: int = 1  # the encoder's grid is this times ours, averaged over squares of this side
+    pool: int = 2  # the encoder's grid is this times ours, averaged over squares of this side
     spatial_norm: float = 0.0  # gamma of iREPA's normalisation of y_star, 0.6 to 0.8; 0: off
     stop_align: int = 0  # end the alignment after this many steps (HASTE); 0: never
     sampler: str = "heun"  # sde | ode | heun: Euler-Maruyama, or Euler and Heun for the ODE
     sampling_steps: int = 25  # steps of the sampler
-    guidance: float = 1.8  # classifier-free guidance; 1: off
+    guidance: float = 3.0  # classifier-free guidance; 1: off
     guidance_low: float = 0.0  # guidance acts for t from here
-    guidance_high: float = 0.7  # to here
+    guidance_high: float = 0.9  # to here
 
     def __post_init__(self):
         for name in ("patch", "dim", "depth", "heads", "projector_dim", "pool", "sampling_steps"):
@@ -119,13 +119,14 @@ PAPER = dict(  # REPA: SiT-XL/2 with DINOv2-B on ImageNet 256, 80 epochs; DINOv2
     data="data/imagenet/train", image_size=256, batch_size=256, steps=400_000, lr=1e-4,
     ema_decay=0.9999, save_every=5000, sample_every=25_000,
     encoder="timm:vit_base_patch14_dinov2.lvd142m", vae="stabilityai/sd-vae-ft-ema", patch=2,
-    dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048, sampler="sde",
-    sampling_steps=250, guidance=1.0)  # after 4M steps 1.8, in [0, 0.7]
+    dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048, pool=1,
+    sampler="sde", sampling_steps=250, guidance=1.0, guidance_high=0.7)  # after 4M steps 1.8
 PRESETS = {
     "cifar10": dict(  # SiT-S/4
-        data="torch/cifar10", batch_size=256, steps=20_000, lr=5e-4, ema_decay=0.9995,
-        save_every=2000, sample_every=5000, encoder="runs/teacher-cifar10/teacher.safetensors",
-        dim=384, depth=12, heads=6, align_depth=4, projector_dim=2048),
+        data="torch/cifar10", image_size=32, batch_size=256, steps=20_000, lr=5e-4,
+        ema_decay=0.9995, save_every=2000, sample_every=5000,
+        encoder="runs/teacher-cifar10/teacher.safetensors", dim=384, depth=12, heads=6,
+        align_depth=4, projector_dim=2048, pool=1, guidance=1.8, guidance_high=0.7),
     "paper": PAPER,
     "paper-l": PAPER | dict(dim=1024, depth=24),
     "paper-b": PAPER | dict(dim=768, depth=12, heads=12, align_depth=4),

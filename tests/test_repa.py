@@ -499,7 +499,7 @@ def test_sample_uses_the_checkpoint_s_config_and_the_ema():
     with np.load("run/sample.npz") as file:
         first, labels = file["arr_0"], file["arr_1"]
     assert first.shape == (30, 16, 16, 3) and labels.tolist() == [i % 10 for i in range(30)]
-    for more in (["--seed", "1"], ["--sampler", "sde"], ["--guidance", "3"]):
+    for more in (["--seed", "1"], ["--sampler", "sde"], ["--guidance", "5"]):
         script.main(flags + ["--out", "new", *more])
         other = np.load("new/sample.npz")["arr_0"]
         script.main(flags + ["--out", "again", *more])

@@ -79,7 +79,8 @@ MORE = {  # gpu only, and without a claim: the early stop of HASTE, the other pa
 }
 SIZES = {  # marks: steps after which the Frechet distance is measured
     "cpu": dict(seeds=(0, 1), marks=(700,), fit=5000, test=2500, samples=2048, real=10_000, flags=[
-        "--lr", 4e-3, "--batch-size", 64, "--patch", 8, "--pool", 2, "--dim", 192, "--heads", 3,
+        "--image-size", 32, "--lr", 4e-3, "--batch-size", 64, "--patch", 8, "--pool", 2, "--dim",
+        192, "--heads", 3,
         "--log-every", 50, "--sampling-steps", 10]),
     "gpu": dict(seeds=(0, 1, 2), marks=(1000, 2000, 4000, 7000, 10_000, 14_000, 20_000), fit=20_000,
                 test=4000, samples=10_000, real=45_000, flags=["--preset", "cifar10"]),
@@ -212,7 +213,7 @@ def examine(report, net, cfg, device):
     m, metrics, n = get_material(report, cfg, device), {}, min(2000, size(report).test)
     teacher = load_encoder(report["teacher"], cfg.pool * net.side).to(device)
     with torch.no_grad():
-        seen = tokens_of(teacher, m.test[:n], cfg, device).mean(1)
+        seen = torch.cat([teacher(to_float(x)).float().mean(1) for x in m.test[:n].split(500)])
         judged = torch.cat([m.judge.features(to_float(x)) for x in m.test[:n].split(500)])
     if cfg.lam:
         encoder = script.load_teacher(cfg, device)
@@ -354,7 +355,8 @@ def draw_figure(report):
 
     def line(ax, name, x, rows):  # rows: for each x a list over the seeds
         rows = torch.tensor(rows)
-        ax.errorbar(x, rows.mean(1), rows.std(1, correction=0), fmt="o-", lw=1, ms=3, label=name)
+        ax.errorbar(x, rows.mean(1), rows.std(1, correction=0), fmt="o-", lw=1, ms=3, label=name,
+                    color=f"C{names.index(name)}")
 
     def by_block(name, kind):  # mean over t
         rows = [[get(name, f"{kind}_{k}_{t}") for t in TIMES] for k in blocks]
