@@ -162,7 +162,7 @@ class SpatialAttention(nn.Module):
         a = F.scaled_dot_product_attention(*qkv)  # (B, 1, H W, C)
         return x + self.proj(rearrange(a, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
-class ConvBlock(nn.Module):
+class VAEBlock(nn.Module):
     """Residual block of LDM's autoencoder: norm, SiLU, convolution, twice; attention if asked."""
     def __init__(self, c_in, c_out, attend=False):
         super().__init__()
@@ -179,21 +179,21 @@ def conv_encoder(latent_dim, widths, blocks):
     c, layers = widths[0], [nn.Conv2d(3, widths[0], 3, padding=1)]
     for level, width in enumerate(widths, 1):
         last = level == len(widths)
-        layers += [ConvBlock(width if i else c, width, last) for i in range(blocks)]
+        layers += [VAEBlock(width if i else c, width, last) for i in range(blocks)]
         c = width
         layers += [] if last else [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)]
-    layers += [ConvBlock(c, c, True), ConvBlock(c, c), norm(c), nn.SiLU()]
+    layers += [VAEBlock(c, c, True), VAEBlock(c, c), norm(c), nn.SiLU()]
     conv_out = nn.Conv2d(c, 2 * latent_dim, 3, padding=1)  # [-2]: the VF loss is weighted here
     return nn.Sequential(*layers, conv_out, nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1))
 
 def conv_decoder(latent_dim, widths, blocks):
     """Latents (B, d, h, w) -> images (B, 3, S, S), not clipped."""
     c, layers = widths[-1], [nn.Conv2d(latent_dim, latent_dim, 1)]
-    layers += [nn.Conv2d(latent_dim, c, 3, padding=1), ConvBlock(c, c, True), ConvBlock(c, c)]
+    layers += [nn.Conv2d(latent_dim, c, 3, padding=1), VAEBlock(c, c, True), VAEBlock(c, c)]
     for level, width in reversed(list(enumerate(widths, 1))):
         first = level == len(widths)
         layers += [] if first else [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
-        layers += [ConvBlock(width if i else c, width, first) for i in range(blocks + 1)]
+        layers += [VAEBlock(width if i else c, width, first) for i in range(blocks + 1)]
         c = width
     conv_out = nn.Conv2d(c, 3, 3, padding=1)  # [-1]: the adversarial loss is weighted here
     return nn.Sequential(*layers, norm(c), nn.SiLU(), conv_out)
@@ -407,8 +407,8 @@ def velocity_loss(net, x1, y, t):
     x0, s = torch.randn_like(x1), t.view(-1, 1, 1, 1)
     v = x1 - x0
     v_hat = net(s * x1 + (1 - s) * x0, t, y).float()  # float32 again: only the net runs in bf16
-    direction = 1 - F.cosine_similarity(v_hat, v, dim=1, eps=1.0)  # eps: see Changed
-    return (v_hat - v).square().mean(), direction.mean()
+    u = v_hat / v_hat.norm(dim=1, keepdim=True).clamp(min=1)  # see Changed
+    return (v_hat - v).square().mean(), 1 - (u * F.normalize(v, dim=1)).sum(1).mean()
 
 def guided_velocity(net, z, t, y, guidance, channels=0):
     """v_null + w (v_y - v_null) in the first channels (0: all), v_y in the others."""
