@@ -15,7 +15,7 @@ Changed   latents are sampled anew from the images at each step, not stored once
           VGG is a download, the one small classifier here judges samples, and features of the
           teacher would train a plain tokenizer, too
 Left out  projection of the teacher to the latent (not its default); the output variance that LDM's
-          optimizer does not hold; dopri5; teachers SAM and CLIP, whose feature code is not public
+          optimizer does not hold; dopri5; uniform t late in 800 epochs; teachers SAM and CLIP
 Notation  x    image, (B, 3, S, S) in [-1, 1]        z   latent, (B, d, h, w); *_hat  by a network
           f    teacher's tokens, (B, N, D), N = h w  z'  W z, as tokens: (B, N, D)
           x0   noise, like the latent                t   0 = noise ... 1 = data, float32 (B,)
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import distributed as dist, nn
 
-from common import (RANK, WORLD, autocast, batch, due, ema_update, explain, gather, load_checkpoint,
-                    load_encoder, load_images, log, mix, parallel, parse_config, save_grid,
-                    save_npz, setup, shares, steps, to_uint8)
+from common import (RANK, WORLD, autocast, batch, due, ema_update, explain, fail, gather,
+                    load_checkpoint, load_encoder, load_images, log, mix, parallel, parse_config,
+                    save_grid, save_npz, setup, shares, steps, to_uint8)
 
 # ---- config ----------------------------------------------------------------------------
 
@@ -55,16 +55,16 @@ class Config:
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
     compile: str = "off"  # auto | on | off: of the transformer alone; no gain for short runs
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
-    image_size: int = 32  # side S in pixels; larger images are cropped and resized
+    image_size: int = 16  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the transformer, summed over all GPUs
-    steps: int = 600  # optimizer steps of the transformer
+    steps: int = 1500  # optimizer steps of the transformer
     lr: float = 1e-3  # of the transformer: AdamW, betas (0.9, 0.95), no decay, constant
     ema_decay: float = 0.99  # of the transformer that is sampled
-    log_every: int = 50  # steps between two lines in metrics.jsonl
-    save_every: int = 400  # steps between two checkpoints
-    sample_every: int = 400  # steps between two sample grids
+    log_every: int = 100  # steps between two lines in metrics.jsonl
+    save_every: int = 750  # steps between two checkpoints
+    sample_every: int = 750  # steps between two sample grids
     encoder: str = "assets/teacher.safetensors"  # frozen teacher: such a file, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -72,9 +72,9 @@ class Config:
     latent_dim: int = 16  # channels d of the latent
     widths: str = "16,32,64"  # channels of each level of the tokenizer; the side halves in between
     blocks: int = 1  # residual blocks per level of the encoder; one more in the decoder
-    tokenizer_steps: int = 800  # optimizer steps of the tokenizer
-    tokenizer_batch_size: int = 32  # images per step of the tokenizer, summed over all GPUs
-    tokenizer_lr: float = 1e-3  # Adam, betas (0.5, 0.9), constant; also of the discriminator
+    tokenizer_steps: int = 3000  # optimizer steps of the tokenizer
+    tokenizer_batch_size: int = 16  # images per step of the tokenizer, summed over all GPUs
+    tokenizer_lr: float = 2e-3  # Adam, betas (0.5, 0.9), constant; also of the discriminator
     tokenizer_ema: float = 0.99  # of the tokenizer that encodes and decodes (paper: 0, none)
     kl: float = 1e-6  # weight of the KL term; all terms are sums over an image
     perceptual: str = "none"  # none | lpips: added to L1 at every pixel; lpips downloads VGG
@@ -95,10 +95,10 @@ class Config:
     guidance_channels: int = 0  # first channels of the latent that it acts on; 0: all (code: 3)
 
     def __post_init__(self):
-        widths, S, heads = numbers(self.widths), self.image_size, self.heads
+        widths, S, heads = numbers(self.widths), self.image_size, max(1, self.heads)
         lists = [numbers(text) for text in (self.vf_stages, self.w_hyper, self.m1, self.m2)]
         decays, counts = (self.ema_decay, self.tokenizer_ema), (self.latent_dim, self.blocks)
-        counts += heads, self.dim, self.depth, self.sampling_steps, self.tokenizer_steps
+        counts += self.heads, self.dim, self.depth, self.sampling_steps, self.tokenizer_steps
         for ok, message in (
                 (min(*counts, self.tokenizer_batch_size) > 0,
                  "latent_dim, blocks, dim, depth, heads, all steps, batch sizes: at least 1"),
@@ -126,9 +126,9 @@ PAPER = dict(  # f16d32, DINOv2-L, LightningDiT-XL/1 on ImageNet 256, 64 epochs;
     heads=16, sampling_steps=249, guidance=10.0, guidance_channels=3)
 PRESETS = {
     "cifar10": dict(  # wants a teacher of its own, or timm's: the file in assets knows shapes
-        compile="auto", data="torch/cifar10", flip=True, batch_size=256, steps=20_000, lr=5e-4,
-        save_every=2000, sample_every=5000, widths="64,128,256", blocks=2, gan=0.5, dim=384,
-        depth=12, heads=6, tokenizer_steps=10_000, tokenizer_batch_size=128, tokenizer_lr=3e-4),
+        compile="auto", data="torch/cifar10", image_size=32, flip=True, batch_size=256, lr=5e-4,
+        steps=20_000, sample_every=5000, widths="64,128,256", blocks=2, gan=0.5, dim=384, depth=12,
+        heads=6, tokenizer_steps=10_000, tokenizer_batch_size=128, tokenizer_lr=3e-4),
     "paper": PAPER,
     "paper-b": PAPER | dict(  # Tab. 2: LightningDiT-B, 160 epochs; tokenizer 50; dopri5
         steps=200_000, tokenizer_steps=250_000, vf_stages="1", w_hyper="0.1", m1="0.5", m2="0.25",
@@ -461,6 +461,8 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
         steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr, ema_decay=cfg.tokenizer_ema)
     setup(cfg, "steps")  # the stages of the VF loss depend on it
     data = load_images(cfg, device, "train") if data.images is None else data  # own batch size
+    if data.size < cfg.batch_size:
+        fail(f"--tokenizer-batch-size {cfg.batch_size} is larger than the {data.size} images")
     lpips = load_lpips(device) if cfg.perceptual == "lpips" else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.Adam(model.parameters(), cfg.lr, (0.5, 0.9), fused=True)
@@ -529,8 +531,7 @@ def channel_statistics(tokenizer, data, cfg, device, n=10_000):
 @torch.no_grad()
 def draw(net, tokenizer, y, cfg, device, generator):
     """Samples of classes y (B,), float32 (B, 3, S, S) in [-1, 1]; noise comes from generator."""
-    shape = len(y), cfg.latent_dim, net.side, net.side
-    noise = torch.randn(shape, generator=generator).to(device)
+    noise = torch.randn(len(y), cfg.latent_dim, net.side, net.side, generator=generator).to(device)
     with autocast(cfg, device):
         z = sample_euler(net, noise, y.to(device), cfg.sampling_steps, cfg.shift, cfg.guidance,
                          cfg.guidance_low, cfg.guidance_channels)
@@ -550,8 +551,7 @@ def train(cfg):
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
     net = parallel(model, cfg, device)
-    state = {"model": model, "ema": ema, "opt": opt, "tokenizer": tokenizer}
-    state |= {"classes": data.classes}
+    state = dict(model=model, ema=ema, opt=opt, tokenizer=tokenizer, classes=data.classes)
     seen, _ = reconstruct(tokenizer, held_out, cfg, device)
 
     for step in steps(cfg, state):

@@ -542,6 +542,8 @@ def test_more_steps_continue_but_another_tokenizer_is_refused(small_data, refuse
         (["--image-size", "9"], ["image_size 9", "divisible"]),
         (["--gan", "0.5"], ["image_size 8", "24"]),
         (["--heads", "3"], ["multiple of 4"]),
+        (["--heads", "0"], ["at least 1"]),
+        (["--tokenizer-batch-size", "2000"], ["--tokenizer-batch-size 2000", "1000 images"]),
         (["--m1", "0,0"], ["as many numbers"]),
         (["--w-hyper", "0.5,0,0.1"], ["positive"]),
         (["--m2", "0,0,-1"], ["not negative"]),
