@@ -460,11 +460,11 @@ def health(world, video, tracks, S):
     p = F.normalize(torch.linalg.eigvalsh(z.flatten(0, 1).T.cov()).clamp(min=1e-9), 1, 0)
     x, y = z.unflatten(1, (T, -1)).flatten(2), tracks[:, ::video.shape[2] // T, 0].to(z)
     x, y = torch.cat([x[:, :-1], x[:, 1:]], 2), y[:, :-1]  # (B, T - 1, 2 H W D), (B, T - 1, 4)
+    x, y = x - x[:half].mean((0, 1)), y - y[:half].mean((0, 1))
     (x, x_new), (y, y_new) = ([w[:half].flatten(0, 1), w[half:].flatten(0, 1)] for w in (x, y))
-    mean, K = y.mean(0), x @ x.T + 1  # + 1: an intercept
+    K = x @ x.T
     K.diagonal().mul_(1.001)
-    y_hat = (x_new @ x.T + 1) @ torch.linalg.solve(K, y - mean) + mean
-    r2 = 1 - (y_hat - y_new).square().mean(0) / y_new.var(0)
+    r2 = 1 - (x_new @ x.T @ torch.linalg.solve(K, y) - y_new).square().mean(0) / y_new.var(0)
     order = torch.randperm(video.shape[2], generator=torch.Generator().manual_seed(0))
     numbers = (z.std(0).mean(), (-p * p.log()).sum().exp(), S(video).mean(),
                S(video[:, :, order]).mean(), r2[:2].mean(), r2[2:].mean())
@@ -533,7 +533,7 @@ def show_rows(net, codec, world, cfg, device, path):
     rows = gather(parts)  # (n, 5, 3, F, S, S); without guidance 3 instead of 5
     save_gif(rows.flatten(0, 1), f"{path}.gif", rows.shape[1])
     save_grid(rearrange(rows[:3][-1], "row c f h w -> (row f) c h w"), f"{path}.png", cfg.frames)
-    return health(world, videos[cfg.n:], clips.tracks[cfg.n:].to(device), S)
+    return {} if cfg.world == "official" else health(world, videos[cfg.n:], clips.tracks[cfg.n:], S)
 
 def train_stage(cfg, model, decay, loss, average, check=lambda path: {}, **extra):
     """Train one stage by loss(indices); average(step): an EMA; check(path): pictures, numbers."""
@@ -583,14 +583,14 @@ def train(cfg):
 def sample(cfg):
     """Continue cfg.n held-out clips with the networks of the checkpoint cfg.sample."""
     device, saved = setup(cfg), load_checkpoint(cfg.sample)
-    if cfg.world not in ("official", own := saved["config"]["world"]):
+    if not cfg.weights and cfg.world != (own := saved["config"]["world"]):
         fail(f"--world {cfg.world}: the world model of {cfg.sample} is {own}")
     codec = FrozenCodes(cfg.image_size, cfg.components)
     codec.load_state_dict(saved["codec"])
     net, world = (part.to(device).eval().requires_grad_(False) for part in build(cfg, codec))
     net.load_state_dict(saved["ema"])
-    cfg.world == "official" or world.load_state_dict(saved["model"])
-    print(show_rows(net, codec.to(device), world, cfg, device, f"{cfg.out}/sample"))
+    cfg.weights or world.load_state_dict(saved["model"])
+    show_rows(net, codec.to(device), world, cfg, device, f"{cfg.out}/sample")
 
 def main(argv=None):
     cfg = parse_config(Config, PRESETS, SAMPLING, argv)
