@@ -2,12 +2,12 @@
 
 Paper     Yuan et al. Inference-time Physics Alignment of Video Generative Models with Latent World
           Models. arXiv:2601.10553v2 (WMReward). Assran et al. V-JEPA 2. arXiv:2506.09985v1
-Here      V-JEPA 2: VideoEncoder, LatentPredictor, masks draw_visible, jepa_loss, published weights
-          load_official. WMReward: Eq. 4-6 surprise, best_of_n, Eq. 7-9 and 12 guided_step. The
-          generator is that of self_refine.py
+Here      V-JEPA 2: VideoEncoder, LatentPredictor, draw_visible, jepa_loss, load_official. WMReward:
+          Eq. 4-6 surprise, best_of_n, Eq. 7-9, 12 guided_step. Generator: as in self_refine.py
 Changed   hidden tokens stay in the batch unseen, as good as dropped; one kind of mask a clip, past
-          to future too; RoPE is right (tiled for published weights); --world frozen: E is a frame
-          PCA for ever, only P is trained, nothing can collapse; no clamp before S; eta is relative
+          to future too; RoPE is right (tiled for published weights); VICReg terms, without which
+          this small E collapses; --world frozen: E is a frame PCA for ever, only P is trained,
+          nothing can collapse; no clamp before S; eta is a share of the latent's norm
 Left out  VideoMix22M, cool-down; V-JEPA 2.1, Hugging Face's names; maximum over windows; Eq. 13
 Notation  E, P  encoder, predictor of hidden features   z   latent clip, (B, K, F, 3, 1)
           S     surprise, (B,); the reward is -S        t   0 = noise ... 1 = data
@@ -145,8 +145,7 @@ def load_videos(cfg, device):
     """Training clips uint8 (M, 3, F, S, S), labels (M,), and the frame PCA of the first 500."""
     parts = [bouncing_balls(min(500, cfg.clips - i), cfg.frames, cfg.image_size, mix(0, i),
                             cfg.texture) for i in range(0, cfg.clips, 500)]
-    videos = torch.cat([part.videos for part in parts]).to(device)
-    labels = torch.cat([part.labels for part in parts]).to(device)
+    videos, labels = (torch.cat(x).to(device) for x in zip(*((p.videos, p.labels) for p in parts)))
     codec = FrozenCodes(cfg.image_size, cfg.components).to(device)
     return videos, labels, codec.fit(videos[:500].float() / 127.5 - 1)
 
@@ -359,10 +358,9 @@ class WorldModel(nn.Module):
         super().__init__()
         self.encoder, self.predictor, self.grid = encoder, predictor, grid
         self.target = copy.deepcopy(encoder).requires_grad_(False)
-    def forward(self, video, visible):  # -> predicted and true features, both (B, N, D)
-        with torch.no_grad():
-            z = self.target(video)  # of the whole clip
-        return self.predictor(self.encoder(video, visible), visible), z
+    def forward(self, video, visible):  # -> predicted, true, visible features, all (B, N, D)
+        z, h = self.target(video).detach(), self.encoder(video, visible)
+        return self.predictor(h, visible), z, h
     def predict(self, context, N):
         """Features of a window of N tokens behind the frames of context: (B, N - n, D)."""
         h = self.encoder(context)  # has never seen what follows
@@ -428,18 +426,21 @@ def plain_norm(z):
     """LayerNorm without affine over the channels, in float32."""
     return F.layer_norm(z.float(), z.shape[-1:])
 
-def jepa_loss(net, video, visible):
-    """|P(mask tokens, E(visible)) - sg(LN(E_ema(clip)))|, mean over channels and hidden tokens."""
-    z_hat, z = net(video, visible)
+def jepa_loss(net, video, visible, spread=0.0):
+    """|P(mask tokens, E(visible)) - sg(LN(E_ema(clip)))|, mean over channels and hidden tokens;
+    spread weighs what keeps the channels of E from collapsing: std >= 1, no covariance (VICReg)."""
+    z_hat, z, h = net(video, visible)
     error = (z_hat.float() - plain_norm(z)).abs().mean(-1)  # (B, N); z_hat without LN
-    return ((error * ~visible).sum(1) / (~visible).sum(1)).mean()
+    loss = ((error * ~visible).sum(1) / (~visible).sum(1)).mean()
+    cov = h.float().flatten(0, 1).T.cov()  # (D, D)
+    std, off = cov.diagonal().add(1e-4).sqrt(), cov - cov.diagonal().diag()
+    return loss + spread * (F.relu(1 - std).mean() + off.square().sum() / len(cov))
 
 def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
-    """Eq. 4-6: 1 - cos(P(E(first C frames)), E(W frames)) on the last W - C, both after LayerNorm,
-    mean over windows from 0, stride, 2 stride, ...: (B,), float32. R = -S, but for a slip in print.
+    """1 - cos(P(E(first C frames)), E(W frames)) on the last W - C after LN, mean over windows from
+    0, stride, 2 stride, ... (Eq. 4-6; the reward is -S, but for a slip in print): (B,), float32.
     cos   feature: over a token's channels, as the paper reads; token: over a channel's tokens
-    grad  target: through E(W frames) alone, as in the authors' code; context: through P alone, as
-          in their code for Cosmos; both: an ordinary function"""
+    grad  target: through E(W frames) alone (the authors' code); context: P alone (for Cosmos)"""
     target = torch.no_grad()(world.target) if grad == "context" else world.target
     predict = torch.no_grad()(world.predict) if grad == "target" else world.predict
     windows = rearrange(video.float().unfold(2, W, stride), "b c k h w f -> (b k) c f h w")
@@ -452,10 +453,9 @@ def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
 
 @torch.no_grad()
 def health(world, video, tracks, S):
-    """What tells a collapse, on held-out clips (B, 3, F, S, S) with tracks (B, F, 3, 4): a dict.
-    std, rank           of target features after LN: over clips; exp(entropy of the spectrum)
-    surprise, shuffled  mean S of the clips, and of their frames in random order
-    position, velocity  R^2 of a ridge probe of ball 0, from a token frame and the next"""
+    """What tells a collapse, on held-out clips (B, 3, F, S, S), tracks (B, F, 3, 4): std over clips
+    and rank, exp(entropy of the spectrum), of target features after LN; mean S, and of the frames
+    in random order; R^2 of ridge probes of ball 0 from two token frames. Numbers by name."""
     z, T, half = plain_norm(world.target(video)), world.grid[0], len(video) // 2
     p = F.normalize(torch.linalg.eigvalsh(z.flatten(0, 1).T.cov()).clamp(min=1e-9), 1, 0)
     x, y = z.unflatten(1, (T, -1)).flatten(2), tracks[:, ::video.shape[2] // T, 0].to(z)
@@ -563,6 +563,7 @@ def train(cfg):
     model, world = (net.to(device) for net in build(cfg, codec))
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     net, world_net = parallel(model, cfg, device), parallel(world, cfg, device)
+    tiny = cfg.world == "tiny"  # a frozen encoder has no weights to average or to spread
     def generator_loss(i):
         z1, t = codec.encode(videos[i].float() / 127.5 - 1), torch.rand(len(i), device=device)
         with autocast(cfg, device):
@@ -570,14 +571,13 @@ def train(cfg):
     def world_loss(i):
         visible = draw_visible(len(i), world.grid, cfg.masks, device)
         with autocast(cfg, device):
-            return jepa_loss(world_net, videos[i].float() / 127.5 - 1, visible)
+            return jepa_loss(world_net, videos[i].float() / 127.5 - 1, visible, float(tiny))
     first = dataclasses.replace(cfg, out=f"{cfg.out}/generator", steps=cfg.generator_steps)
     setup(first, "steps")
     train_stage(first, model, 0.0, generator_loss,
                 lambda step: ema_update(ema, model, cfg.ema_decay, step), ema=ema, codec=codec)
-    pair, tiny = (world.target, world.encoder), cfg.world == "tiny"  # a frozen E has no weights
-    train_stage(cfg, world, 0.04, world_loss, lambda step: tiny and ema_update(*pair, 0.998),
-                ema=ema, codec=codec,
+    train_stage(cfg, world, 0.04, world_loss, ema=ema, codec=codec,
+                average=lambda step: tiny and ema_update(world.target, world.encoder, 0.998),
                 check=lambda path: show_rows(ema, codec, world, cfg, device, path))
 
 def sample(cfg):

@@ -155,7 +155,8 @@ def test_predictor_sees_visible_features_and_the_chosen_mask_token():
 def test_prediction_of_a_window_is_the_training_forward_with_a_causal_mask():
     world, video = vjepa(), torch.randn(2, 3, 8, 8, 8)
     visible = (torch.arange(16) < 8).expand(2, 16)
-    z_hat, z = world(video, visible)
+    z_hat, z, h = world(video, visible)
+    assert torch.equal(h, world.encoder(video, visible))
     assert torch.allclose(world.predict(video[:, :, :4], 16), z_hat[:, 8:], atol=1e-5)
     assert torch.equal(z, world.target(video)) and not z.requires_grad
     assert not torch.allclose(z, world.encoder(video))  # stirred on its own
@@ -314,6 +315,13 @@ def test_loss_is_l1_on_normalised_targets_of_hidden_tokens():
     z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     each = [(z_hat[b] - z[b])[~visible[b]].abs().mean() for b in range(3)]
     assert loss.item() == pytest.approx((sum(each) / 3).item(), rel=1e-5)
+    wide = script.jepa_loss(world, video, visible, 0.7) - loss  # the terms of VICReg, by hand
+    h = world.encoder(video, visible).flatten(0, 1)
+    h = h - h.mean(0)
+    cov = h.T @ h / (len(h) - 1)
+    off = sum(cov[i, j] ** 2 for i in range(36) for j in range(36) if i != j) / 36
+    hinge = (1 - (cov.diagonal() + 1e-4).sqrt()).clamp(min=0).mean()
+    assert wide.item() == pytest.approx(0.7 * (off + hinge).item(), rel=1e-3)
     loss.backward()
     assert all(w.grad is None for w in world.target.parameters())
     assert all(w.grad is not None for w in world.encoder.parameters())

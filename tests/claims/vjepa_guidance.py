@@ -12,8 +12,9 @@ violations  Low surprise means plausible. Share of held-out clips that surprise 
             collapsed: std of target features over clips > 0.5, their effective rank > 10. Third
             parties find V-JEPA 2 near chance on IntPhys 2.
 reward      Best-of-N by surprise: PhysicsIQ 27.76, 31.87, 32.32, 32.90 with N up to 16: most of it
-            is there by N = 4. An outside test finds no gain, Spearman -0.12 to the score. Agrees if the residual by surprise falls from N = 1 to 4 to 16, half or more of it by 4, is
-            lower at 16 than by pixel, copy-last and random, and the oracle is the lowest.
+            is there by N = 4. An outside test finds no gain, Spearman -0.12 to the score. Agrees if
+            the residual by surprise falls from N = 1 to 4 to 16, half or more of it by 4, is lower
+            at 16 than by pixel, copy-last and random, and the oracle is the lowest.
 speed       Nobody reports this control: surprise may only prefer slow clips. Agrees (with the claim
             that it measures physics) if the partial rank correlation of surprise and residual,
             given speed, has its interval above 0, and the residual of the chosen clip is below that
@@ -373,7 +374,8 @@ def tables(out, worlds):
                 rows["refine", f"{name}, {words} ({w})"] = row
         rho = correlations(S, m)
         row = {f"rho_{k}": v.mean().item() for k, v in rho.items()}
-        row["partial_low"], _, row["partial_high"] = interval(lambda x: x["partial"].mean().item(), rho)
+        average = lambda x: x["partial"].mean().item()
+        row["partial_low"], _, row["partial_high"] = interval(average, rho)
         chosen, near = matched(m, S)
         drop = lambda a, b: summary(a)["residual"] - summary(b)["residual"]
         row["low"], row["difference"], row["high"] = interval(drop, chosen, near, draws=200)
