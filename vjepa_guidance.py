@@ -45,7 +45,7 @@ class Config:
     image_size: int = 32  # side S of a frame in pixels
     batch_size: int = 64  # clips per step, summed over all GPUs
     steps: int = 2000  # optimizer steps of the last stage, the world model
-    lr: float = 1e-3  # AdamW, of both stages; falls to 0 over the last half
+    lr: float = 1.5e-3  # AdamW, of both stages; falls to 0 over the last half
     ema_decay: float = 0.998  # of the generator's weights that are sampled
     log_every: int = 50  # steps between two lines in metrics.jsonl
     save_every: int = 500  # steps between two checkpoints
@@ -55,9 +55,9 @@ class Config:
     clips: int = 8000  # training clips of both stages, made at the start
     frames: int = 16  # of a clip, at 15 a second
     texture: bool = False  # a random smooth background that does not move, instead of black
-    components: int = 40  # K of a frame and channel: the generator's latent, the frozen E
-    dim: int = 160  # width of the generator
-    depth: int = 5  # its blocks
+    components: int = 64  # K of a frame and channel: the generator's latent, the frozen E
+    dim: int = 128  # width of the generator
+    depth: int = 4  # its blocks
     generator_steps: int = 2000  # optimizer steps of the first stage, the generator
     world: str = "frozen"  # frozen | tiny | official: E a frame PCA; V-JEPA 2; published weights
     weights: str = ""  # official: a .pt file, or vitl, vith, vitg or vitg-384 to download
@@ -83,7 +83,8 @@ class Config:
         for ok, message in (
                 (min(getattr(self, k) for k in counts) > 0, f"{', '.join(counts)}: at least 1"),
                 (min(self.lr, self.eta, self.skip) >= 0, "lr, eta and skip must not be negative"),
-                (0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)"),
+                (0 <= self.ema_decay < 1 and 0 <= self.mask_index < 10,
+                 "ema_decay must be in [0, 1), mask_index one of 0 to 9"),
                 (self.components <= S**2, f"components: a frame has only {S**2} pixels"),
                 (self.dim % 8 == self.predictor_dim % 32 == self.world_dim % 32 == 0,
                  "dim must be a multiple of 8, predictor_dim and world_dim of 32"),
@@ -119,7 +120,7 @@ class FramePCA(nn.Module):
 
     def fit(self, videos):
         """Components of the frames of videos (B, 3, F, S, S), the three channels together."""
-        x = rearrange(videos, "b c f h w -> (b c f) (h w)").double()
+        x = rearrange(videos, "b c f h w -> (b c f) (h w)").cpu().double()
         self.mean.copy_(x.mean(0))
         values, vectors = torch.linalg.eigh(x.T.cov())  # ascending
         self.basis.copy_(vectors.T.flip(0)[:len(self.basis)])
@@ -282,9 +283,8 @@ def rope_3d(grid, head_dim, tiled=False):
 
 def turn_pairs(x, table):
     """Turn the channel pairs (2i, 2i + 1) of x (..., N, D) as table (2, N, D) says."""
-    cos, sin = table  # float32
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+    return (x * table[0] + turned * table[1]).to(x.dtype)  # by way of float32
 
 class ViTBlock(nn.Module):
     """Pre-norm block of V-JEPA 2; its names, like those below, are of the published weights."""

@@ -656,8 +656,80 @@ def test_sample_with_published_weights_ranks_by_them(refuses, monkeypatch):
         (["--cos", "channel"], ["channel"]),
         (["--best-of", "0"], ["best_of"]),
         (["--ema-decay", "1"], ["ema_decay"]),
+        (["--mask-index", "10"], ["mask_index"]),
     ],
 )
 def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
     refuses(lambda: script.main([*flags, "--out", "run"]), *words)
     assert not Path("run").exists()
+
+
+# ---- the claim's instruments -----------------------------------------------------------
+
+
+def test_broken_laws_are_the_ones_they_are_called():
+    from tests.claims import vjepa_guidance as claim
+
+    clips = bouncing_balls(30, 16, 16, 0)
+    real, r = clips.tracks, clips.radius
+    on = claim.go_on(real[:, 8], r, 8)
+    assert torch.allclose(on.nan_to_num(0), real[:, 8:].nan_to_num(0), atol=1e-9)  # the exact law
+    for kind in [*claim.BROKEN, "reversed"]:
+        tracks, index = claim.broken(kind, clips)
+        same = (tracks.nan_to_num(9) == real.nan_to_num(9)).flatten(1).all(1)
+        assert not same[index].any(), kind
+        early = kind in ("shuffle", "jitter", "freeze", "reversed")
+        assert early or torch.equal(tracks[:, :8].nan_to_num(9), real[:, :8].nan_to_num(9)), kind
+    up, through = (claim.broken(kind, clips)[0][:, 8:] for kind in ("upwards", "through"))
+    energy = (up[..., 2:].square().sum(-1) / 2 + 1.6 * up[..., 1]).nansum(-1)  # y points down
+    assert (energy - energy[:, :1]).abs().max() < 1e-9
+    assert torch.equal(claim.broken("through", clips)[1].nonzero() % 3 > 0,
+                       torch.ones_like(claim.broken("through", clips)[1].nonzero()).bool())
+    alone = (through[..., 2:].square().sum(-1) / 2 - 1.6 * through[..., 1]).nan_to_num(0)
+    assert (alone - alone[:, :1]).abs().max() < 1e-9  # every ball keeps its own energy
+    fast = claim.broken("gain", clips)[0][:, 8]
+    assert torch.allclose(fast[:, 0, 2:], 1.5 * real[:, 8, 0, 2:])
+    assert torch.equal(claim.render(real, clips), clips.videos.float() / 127.5 - 1)
+
+
+def test_choices_and_correlations_of_the_claim():
+    from tests.claims import vjepa_guidance as claim
+
+    g = torch.Generator().manual_seed(0)
+    m = {"residual": torch.rand(16, 50, 3, generator=g), "speed": torch.rand(16, 50, generator=g)}
+    S = torch.rand(16, 50, generator=g)
+    got = claim.best(m, S, 4)["speed"].view(4, 50)
+    for group in range(4):
+        for b in range(50):
+            n = min(range(4 * group, 4 * group + 4), key=lambda n: S[n, b])
+            assert got[group, b] == m["speed"][n, b]
+    own = claim.residual_of(m)
+    assert claim.correlations(own, m)["residual"].mean() == pytest.approx(1)
+    # a score that is speed, and a residual that follows speed: nothing is left given speed
+    m["residual"] = (m["speed"] + 0.3 * torch.rand(16, 50, generator=g))[..., None]
+    rho = claim.correlations(m["speed"] + 0.3 * torch.rand(16, 50, generator=g), m)
+    assert rho["residual"].mean() > 0.8 and rho["partial"].mean().abs() < 0.25
+    chosen, near = claim.matched(m, S)
+    assert torch.equal(chosen["speed"], m["speed"][S.argmin(0), torch.arange(50)])
+    gap = (near["speed"] - chosen["speed"]).abs()
+    assert (gap > 0).all() and gap.max() < 0.5
+
+
+def test_copied_features_surprise_by_motion_only_and_pixel_errors_are_squares():
+    from tests.claims import vjepa_guidance as claim
+
+    clips = bouncing_balls(4, 8, 16, 0)
+    video = clips.videos.float() / 127.5 - 1
+    codec = script.FrozenCodes(16, 8)
+    codec.fit(video)
+    world = script.build(script.Config(image_size=16, components=8, frames=8), codec)[1]
+    still = video[:, :, :1].expand_as(video)
+    assert claim.copy_last(still, world, 2, 4, 1).abs().max() < 1e-5
+    assert claim.copy_last(video, world, 2, 4, 1).min() > 1e-3
+
+    class Ahead(script.WorldModel):
+        def predict(self, context, N):  # off by 0.5 everywhere
+            return self.target(context)[:, -1:].expand(-1, N - context.shape[2], -1) + 0.5
+
+    pixels = Ahead(claim.Pixels(), None, (8, 1, 1))
+    assert torch.allclose(claim.pixel_error(still, pixels, 2, 4, 2), torch.full((4,), 0.25))

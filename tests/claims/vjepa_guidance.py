@@ -143,7 +143,7 @@ class Pixels(nn.Module):
 
 def pixel_loss(net, video, visible):
     """Squared error of the predicted hidden frames."""
-    z_hat, z = net(video, visible)
+    z_hat, z, _ = net(video, visible)
     error = (z_hat.float() - z).square().mean(-1)
     return ((error * ~visible).sum(1) / (~visible).sum(1)).mean()
 
