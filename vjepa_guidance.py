@@ -138,9 +138,9 @@ class FramePCA(nn.Module):
         return rearrange(x, "b c f (h w) -> b c f h w", h=self.size)
 
 class FrozenCodes(FramePCA):
-    """The frame PCA as E of --world frozen: a frame is one token, whatever is visible."""
-    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, F, 3 K)
-        return rearrange(self.encode(video), "b k f c 1 -> b f (c k)")
+    """The frame PCA as E of --world frozen: a token is a channel of a frame, visible or not."""
+    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, 3 F, K)
+        return rearrange(self.encode(video), "b k f c 1 -> b (f c) k")
 
 def load_videos(cfg, device):
     """Training clips uint8 (M, 3, F, S, S), labels (M,), and the frame PCA of the first 500."""
@@ -504,7 +504,7 @@ def build(cfg, codec):
     net = VideoDiT((cfg.components, cfg.frames, 3, 1), 1, 1, 3, cfg.dim, cfg.depth, heads=4)
     if cfg.world == "official":
         return net, load_official(cfg.weights, cfg.weights_key, cfg.mask_index, cfg.frames)
-    grid, encoder, width = (cfg.frames, 1, 1), codec, 3 * cfg.components
+    grid, encoder, width = (cfg.frames, 3, 1), codec, cfg.components
     if cfg.world == "tiny":
         grid, width = (cfg.frames // 2, cfg.image_size // 4, cfg.image_size // 4), cfg.world_dim
         encoder = VideoEncoder(grid, 4, width, 6, width // 32, 4 * width)
@@ -514,7 +514,7 @@ def build(cfg, codec):
 def show_rows(net, codec, world, cfg, device, path):
     """Continue cfg.n held-out clips. GIF: a row a clip, real | one sample | guided | best of N |
     best of N guided; PNG: the frames of clip 2, a row each. Returns the world model's health."""
-    clips, parts = bouncing_balls(cfg.n + 256, cfg.frames, cfg.image_size, 1, cfg.texture), []
+    clips, parts = bouncing_balls(cfg.n + 128, cfg.frames, cfg.image_size, 1, cfg.texture), []
     videos, y = clips.videos.to(device).float() / 127.5 - 1, clips.labels.to(device)
     S = lambda video: surprise(video, world, cfg.C, cfg.W, cfg.stride, cfg.cos, cfg.grad)
     for index, generator in shares(cfg.n, 100, cfg.seed):

@@ -30,9 +30,9 @@ refine      Best-of-N and predict-and-perturb (self_refine.py) add up; no paper 
 windows     Length and stride hardly matter (57.1 to 60.8 points). Agrees if the residual at N = 16
             is within 10 % of the lowest, for every window and for both axes of the cosine.
 
-residual    median over windows of five frames in free flight of |acceleration - gravity|; real
-            clips have 0.02, their frames in random order about 100
-speed       mean speed over that of the real clip: 1 is ideal, 0 a frozen video, whose residual is g
+residual    median over windows of five frames in free flight of |acceleration - gravity|, box
+            widths / s^2; a frozen video has 1.6; real clips: table samples
+speed       mean speed over that of the real clip: 1 is ideal, 0 a frozen video
 position    mean distance to the simulator's continuation of the given frames, pixels
 pixel       -reward: squared error of a predictor of pixels, trained alike; copy-last: 1 - cosine of
             the features with those of the last context frame; oracle: the residual itself
