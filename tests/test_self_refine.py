@@ -12,6 +12,7 @@ from PIL import Image
 
 import self_refine as script
 from common import bouncing_balls, load_checkpoint
+from tests.claims import self_refine as claim
 
 SMALL = (
     "--image-size 8 --batch-size 6 --clips 12 --steps 4 --warmup 2 --log-every 2 --save-every 2 "
@@ -518,3 +519,50 @@ def test_held_out_clips_are_not_training_clips_and_depend_on_no_seed_of_the_run(
 def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
     refuses(lambda: script.main(SMALL + ["--out", "run"] + flags), *words)
     assert not Path("run").exists()
+
+
+# ---- instruments of the claim ----------------------------------------------------------
+
+
+def test_mixture_velocity_is_the_posterior_mean_by_numerical_integration():
+    t = 0.6
+    axis = torch.linspace(-2.2, 2.2, 441, **f64)
+    z1 = torch.cartesian_prod(axis, axis)  # (441^2, 2)
+    p = torch.exp(-torch.cdist(z1, claim.CENTRES).square() / (2 * claim.STD**2)) @ claim.WEIGHTS
+    for point in ([0.3, 0.9], [-0.5, 0.2], [0.8, -0.6]):
+        z = torch.tensor([point], **f64)
+        weight = p * torch.exp(-(z - t * z1).square().sum(1) / (2 * (1 - t) ** 2))
+        mean = (weight[:, None] * z1).sum(0) / weight.sum()
+        u = claim.mixture_velocity(z.T[None, :, :, None, None], t)[0, :, 0, 0, 0]
+        assert torch.allclose(u, (mean - z[0]) / (1 - t), atol=1e-4)
+
+
+def test_number_of_steps_spends_the_evaluations_and_no_more():
+    for plan, shift in (("", 1.0), ("0.4-0.6:3", 1.0), ("0-0.2:5", 3.0), ("0-1:1", 1.0)):
+        N = claim.steps_for(32, plan, shift)
+        spent = [
+            n + sum(script.plan_steps(script.parse_plan(plan), script.flow_times(n, shift)).values())
+            for n in range(N, 33)
+        ]
+        assert spent[0] <= 32 and all(more > 32 for more in spent[1:])
+    assert claim.steps_for(32, "0-1:1") == 16 and claim.steps_for(32, "0.4-0.6:3") == 20
+    flags = dict(plan=claim.CODE_PLAN, sampling_steps=40, shift=3.0)
+    assert claim.nfe(flags) == 60  # the authors' figure
+
+
+def test_area_under_the_curve_counts_pairs():
+    high, low = torch.randint(0, 5, (30,)).float() + 1, torch.randint(0, 5, (40,)).float()
+    pairs = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
+    assert claim.auc(high, low) == pytest.approx(pairs.mean().item())
+
+
+def test_fast_conditions_are_faster_and_follow_the_simulator():
+    cfg = script.Config()
+    clips, plain = claim.conditions(cfg, "fast", 30), claim.conditions(cfg, n=30)
+    speed = clips.tracks[:, 0, :, 2:].norm(dim=-1)
+    speed = speed[~speed.isnan()]
+    assert 1.6 <= speed.min() and speed.max() <= 2.4
+    start, other = (x.tracks[:, 0, :, :2].nan_to_num(0) for x in (clips, plain))
+    assert torch.equal(start, other)
+    tracks, _, _ = claim.physics.track(clips.videos, clips.radius)
+    assert (tracks - clips.tracks[..., :2]).norm(dim=-1).nan_to_num(0).max() * 32 < 0.01
