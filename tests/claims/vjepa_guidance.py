@@ -304,7 +304,7 @@ def run_seed(preset, seed, folder, device):
     best = {name: script.best_of_n(samples[name], out["S"][key])
             for name, key in (("Euler", "frozen"), ("refined", ("frozen", "refined")))}
     rows = [real.cpu(), samples["Euler"][0], guided, best["Euler"], best["refined"]]
-    out["videos"] = torch.stack([x[:6] for x in rows], 1)
+    out["videos"] = torch.stack([x[: min(6, len(guided))] for x in rows], 1)
     torch.save(out, folder / "measured.pt")
 
 
@@ -497,7 +497,8 @@ def draw_figure(report, worlds):
                 base = mean("guidance", f"none ({w})", k)
                 ratio = [mean("guidance", f"{eta} {path} ({w})", k) / base for eta in ETAS]
                 ax.plot(ETAS, ratio, style, color=colour, ms=3, label=f"{k}, {path}")
-        ax.set(xscale="log", title=f"guided / not, against eta ({w})")
+        ax.set(xscale="log", title=f"guided / not, against eta ({w})", xticks=ETAS, xticklabels=ETAS)
+        ax.minorticks_off()
         ax.legend(fontsize=5)
         for ax in axes.flat:
             ax.title.set_fontsize(8)
