@@ -4,9 +4,9 @@ Paper     Jang, Ki, Jo, Xie, Yoon, Hwang. Self-Refining Video Sampling. arXiv:26
 Here      Eq. 3 flow_loss, predict-and-perturb (Eq. 5-9) and the uncertainty mask (Eq. 10-11)
           pnp_sample, the schedule of its iterations plan_steps; pretrained Wan: refine_pretrained
 Changed   plans are windows of t, not of step numbers, which depend on the flow shift; noise of the
-          iterations comes from a generator of its own, one a clip; the mask is measured for each
-          clip and each latent frame or pixel (the authors' code multiplies shapes that fit for one
-          clip only); conditioning frames take part by replacement, as in the authors' Cosmos code
+          iterations comes from a generator of its own, one a clip; the mask keeps its channel axis
+          (the authors' shapes fit for one clip only); conditioning frames take part by replacement,
+          as in the authors' Cosmos code; the generator is a small one, trained here
 Left out  the early exit of the inner loop where all is certain; per-token times (Wan 2.2 TI2V-5B);
           a second expert for low noise (Wan 2.2 A14B); image conditions in further channels
 Notation  z1   clean latent video, (B, C, F, H, W)     t    0 = noise ... 1 = data
@@ -61,8 +61,8 @@ class Config:
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 20_000  # training clips, made at the start
-    frames: int = 16  # of a clip, at 15 a second; Wan: 4 k + 1
-    given: int = 2  # first frames that are given clean; 0: none
+    frames: int = 16  # of a clip, at 15 a second (Wan: 4 k + 1, 16 a second)
+    given: int = 2  # first frames that are given clean (Wan: none)
     texture: bool = False  # a random smooth background that does not move, instead of black
     components: int = 64  # principal components K of a channel of a frame; 0: work on pixels
     patch_frames: int = 1  # latent frames in a patch, which becomes one token
@@ -72,10 +72,10 @@ class Config:
     heads: int = 4  # attention heads
     label_drop: float = 0.1  # share of labels replaced by "no condition", for guidance
     warmup: int = 100  # steps of linear warm-up
-    plan: str = "0.4-0.6:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
+    plan: str = "0.2-0.4:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
     tau: float = 0.0  # places whose prediction moves less are kept (paper: 0.25); 0: no mask
     sampling_steps: int = 20  # Euler steps N
-    shift: float = 1.0  # flow shift s: the noise level q becomes s q / (1 + (s - 1) q)
+    shift: float = 1.0  # flow shift s: noise level q becomes s q / (1 + (s - 1) q) (Wan: its own)
     guidance: float = 1.0  # classifier-free guidance; 1: off
     generator: str = ""  # a pretrained Wan model of diffusers instead of the network trained here
     prompt: str = ""  # what it shows
@@ -101,9 +101,10 @@ class Config:
                 raise ValueError(f"plan {self.plan} needs rising windows in [0, 1] and K >= 1")
             edge = high
         if self.generator:
-            if not self.prompt or self.image_size % 16 or self.width % 16 or self.width < 1:
-                raise ValueError("a generator needs a prompt, and image_size (height) and width "
-                                 f"in multiples of 16, got {self.image_size} and {self.width}")
+            misfit = self.image_size % 16 or self.width % 16 or self.frames % 4 != 1
+            if misfit or self.width < 1 or not self.prompt:
+                raise ValueError("a generator needs a prompt, image_size (height) and width in "
+                                 "multiples of 16, and 4 k + 1 frames")
             return
         if self.dim < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim / heads must be even, got {self.dim} / {self.heads}")
@@ -118,9 +119,9 @@ PRESETS = {
     "gpu": dict(  # pixels: 512 tokens, patch 2 x 4 x 4
         batch_size=256, steps=5000, lr=1e-3, save_every=1000, clips=50_000, components=0,
         patch_frames=2, patch=4, dim=256, depth=8, heads=8, sampling_steps=40),
-    "wan": dict(  # the authors' Wan script: steps 2-5 of 40 with K = 3, 6-13 with K = 1
+    "wan": dict(  # authors' script: steps 2-5 of 40 with K = 3, 6-13 with K = 1; t at its shift, 3
         generator="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", image_size=480, width=832, frames=81, given=0,
-        n=1, plan="0.013-0.05:3,0.05-0.145:1", tau=0.25, sampling_steps=40, shift=3.0, guidance=5.0,
+        n=1, plan="0.013-0.05:3,0.05-0.145:1", tau=0.25, sampling_steps=40, guidance=5.0,
         prompt="Three glass marbles roll down a wooden slope, collide and bounce off the wall"),
 }
 SAMPLING = ("plan", "tau", "sampling_steps", "shift", "guidance")
@@ -141,7 +142,7 @@ class FramePCA(nn.Module):
 
     def fit(self, videos):
         """Components of the frames of videos (B, 3, F, S, S), the three channels together."""
-        x = rearrange(videos, "b c f h w -> (b c f) (h w)").double()
+        x = rearrange(videos, "b c f h w -> (b c f) (h w)").cpu().double()
         self.mean.copy_(x.mean(0))
         values, vectors = torch.linalg.eigh(x.T.cov())  # ascending
         self.basis.copy_(vectors.T.flip(0)[:len(self.basis)])
