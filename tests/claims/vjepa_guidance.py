@@ -497,7 +497,7 @@ def draw_figure(report, worlds):
                 base = mean("guidance", f"none ({w})", k)
                 ratio = [mean("guidance", f"{eta} {path} ({w})", k) / base for eta in ETAS]
                 ax.plot(ETAS, ratio, style, color=colour, ms=3, label=f"{k}, {path}")
-        ax.set(xscale="log", title=f"guided / not, against eta ({w})", xticks=ETAS, xticklabels=ETAS)
+        ax.set(xscale="log", title=f"guided / not, by eta ({w})", xticks=ETAS, xticklabels=ETAS)
         ax.minorticks_off()
         ax.legend(fontsize=5)
         for ax in axes.flat:
