@@ -138,9 +138,9 @@ class FramePCA(nn.Module):
         return rearrange(x, "b c f (h w) -> b c f h w", h=self.size)
 
 class FrozenCodes(FramePCA):
-    """The frame PCA as E of --world frozen: a token is a channel of a frame, visible or not."""
-    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, 3 F, K)
-        return rearrange(self.encode(video), "b k f c 1 -> b (f c) k")
+    """E of --world frozen: a frame is one token, its first 40 components, visible or not."""
+    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, F, 120)
+        return rearrange(self.encode(video)[:, :40], "b k f c 1 -> b f (c k)")
 
 def load_videos(cfg, device):
     """Training clips uint8 (M, 3, F, S, S), labels (M,), and the frame PCA of the first 500."""
@@ -504,7 +504,7 @@ def build(cfg, codec):
     net = VideoDiT((cfg.components, cfg.frames, 3, 1), 1, 1, 3, cfg.dim, cfg.depth, heads=4)
     if cfg.world == "official":
         return net, load_official(cfg.weights, cfg.weights_key, cfg.mask_index, cfg.frames)
-    grid, encoder, width = (cfg.frames, 3, 1), codec, cfg.components
+    grid, encoder, width = (cfg.frames, 1, 1), codec, 3 * min(40, cfg.components)
     if cfg.world == "tiny":
         grid, width = (cfg.frames // 2, cfg.image_size // 4, cfg.image_size // 4), cfg.world_dim
         encoder = VideoEncoder(grid, 4, width, 6, width // 32, 4 * width)
