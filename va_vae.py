@@ -4,7 +4,7 @@ Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Di
           Diffusion Models. arXiv:2501.01423v3 (VA-VAE, LightningDiT)
           Rombach et al. Latent Diffusion Models. arXiv:2112.10752v2 (LDM: the tokenizer)
 Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight; both stages
-          train_tokenizer and train; LightningDiT, with velocity direction loss velocity_loss;
+          train_tokenizer and train; LightningDiT, with velocity direction loss lightning_loss;
           timestep shift and guidance interval sample_euler
 Changed   latents are sampled anew from the images at each step, not stored once; the teacher has
           its own mean and std and antialiased images (code: [-1, 1], not); |v_hat| counts as at
@@ -151,7 +151,7 @@ def norm(channels):
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
-class SpatialAttention(nn.Module):
+class VAEAttention(nn.Module):
     """Residual self-attention of one head over the positions of a feature map."""
     def __init__(self, channels):
         super().__init__()
@@ -170,7 +170,7 @@ class VAEBlock(nn.Module):
             norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1),
             norm(c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attention = SpatialAttention(c_out) if attend else nn.Identity()
+        self.attention = VAEAttention(c_out) if attend else nn.Identity()
     def forward(self, x):  # (B, C, H, W) -> (B, C', H, W)
         return self.attention(self.skip(x) + self.body(x))
 
@@ -402,7 +402,7 @@ def adaptive_weight(reference, loss, weight, ceiling=1e4):
             for value in (reference, loss)]
     return (size[0] / (size[1] + 1e-4)).clamp(max=ceiling)
 
-def velocity_loss(net, x1, y, t):
+def lightning_loss(net, x1, y, t):
     """(v_hat - v)^2, mean, and 1 - cos(v_hat, v) over channels, mean over positions. Scalars."""
     x0, s = torch.randn_like(x1), t.view(-1, 1, 1, 1)
     v = x1 - x0
@@ -561,7 +561,7 @@ def train(cfg):
         with autocast(cfg, device):
             with torch.no_grad():
                 x1 = tokenizer.encode(x)  # (B, d, h, w)
-            mse, direction = velocity_loss(net, x1, y, t)
+            mse, direction = lightning_loss(net, x1, y, t)
         (mse + direction).backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         opt.step()

@@ -200,7 +200,7 @@ def test_convolutions_are_local_and_attention_is_not():
         stir(script.VAEBlock(8, 8, attend))(x)[0, 0, 0, 0].backward()
         away = x.grad[0, :, 3:, 3:].abs().max().item()
         assert away > 1e-6  # GroupNorm and attention see everything
-    a = stir(script.SpatialAttention(4))
+    a = stir(script.VAEAttention(4))
     y = torch.randn(2, 4, 3, 3)
     h = a.norm(y)
     q, k, v = (F.conv2d(h, w, b).flatten(2) for w, b in zip(a.qkv.weight.chunk(3),
@@ -297,7 +297,7 @@ def test_output_is_zero_and_the_loss_of_step_0_is_that_of_zero():
     t, y = torch.rand(64), torch.randint(0, 6, (64,))
     assert net(x1, t, y).detach().abs().max() == 0
     torch.manual_seed(2)
-    mse, direction = script.velocity_loss(net, x1, y, t)
+    mse, direction = script.lightning_loss(net, x1, y, t)
     torch.manual_seed(2)
     v = x1 - torch.randn_like(x1)
     assert mse.item() == pytest.approx(v.square().mean().item(), rel=1e-5)
@@ -316,7 +316,7 @@ def test_velocity_loss_against_its_formula_and_the_direction_of_time():
         return output
 
     torch.manual_seed(4)
-    mse, direction = script.velocity_loss(net, x1, y, t)
+    mse, direction = script.lightning_loss(net, x1, y, t)
     torch.manual_seed(4)
     x0 = torch.randn_like(x1)
     assert torch.equal(seen["z"][0], x0[0]) and torch.equal(seen["z"][5], x1[5])  # 1 is data
@@ -332,7 +332,7 @@ def test_velocity_loss_against_its_formula_and_the_direction_of_time():
     assert direction.item() == pytest.approx(np.mean(angles), rel=1e-5)
     output = v
     torch.manual_seed(4)
-    assert sum(script.velocity_loss(net, x1, y, t)).item() == pytest.approx(0, abs=1e-6)
+    assert sum(script.lightning_loss(net, x1, y, t)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_transformer_knows_position_time_and_class_and_does_not_normalise_queries():
