@@ -19,7 +19,7 @@ Notation  x      clean sample, (n, d)            W      W_1 = W_2, (d, p), one c
           S      X^T X / n of a cluster          U, s   its eigenvectors and eigenvalues
           rho    its share of the n samples      lam    lambda of Eq. 6
           v      mean code of a concept          a      strength of steering towards it
-Run       python balanced_representation.py                     # not measured
+Run       python balanced_representation.py                     # 1 min, 2 CPU cores
           python balanced_representation.py --preset gpu        # not measured
           python balanced_representation.py --preset paper --data <faces>         # not measured
 """

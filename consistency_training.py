@@ -21,7 +21,7 @@ Notation  t     standard deviation of the noise: 0 is data. Smallest t_min (eps)
           x_t   x + t z                          step, steps k, K
           online  f(x + t_hi z, t_hi), trained   target      f(x + t_lo z, t_lo), gradient stopped;
                                                  equal weights, or their moving average (CT)
-Run       python consistency_training.py                         # not measured
+Run       python consistency_training.py         # std ratio 0.75, 2 min, 2 CPU cores
           python consistency_training.py --preset cifar10        # not measured
           torchrun --nproc-per-node 8 consistency_training.py --preset paper          # not measured
 """

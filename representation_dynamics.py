@@ -20,7 +20,7 @@ Notation  sigma  standard deviation of the noise: 0 is data     x0   clean data
           U      [U_1 ... U_K], (n, K d) orthonormal            h    features, (B, D)
           n, d, K   dimensions of data and subspace, classes    w    posterior of y, (B, K)
           delta  standard deviation along the other classes' subspaces
-Run       python representation_dynamics.py                      # not measured
+Run       python representation_dynamics.py    # accuracy 0.49 at sigma 0.008, 4 min, 1 CPU core
           python representation_dynamics.py --preset cifar10     # not measured
           torchrun --nproc-per-node 8 representation_dynamics.py --preset paper     # not measured
 """

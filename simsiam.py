@@ -15,7 +15,7 @@ Notation  x1, x2  two views of an image, (B, 3, S, S)   f  backbone and projecto
           z       f(x), projection, (B, d)              p  h(z), predicts z of the other view
           online  f and h, trained                      D  negative cosine
           target  f of the other view, its gradient stopped; equal weights, or their average (BYOL)
-Run       python simsiam.py                                    # not measured
+Run       python simsiam.py                                    # kNN 0.772, 2 min, 2 CPU cores
           python simsiam.py --steps 2000 --jitter 0.3 --gray 0.1 --out runs/teacher
                                   # kNN 0.934, 12 min, 1 CPU core; assets/teacher.safetensors
           python simsiam.py --preset cifar10                   # not measured
