@@ -22,7 +22,7 @@ Notation  x0   clean image or latent, (B, C, H, W), the paper's x_*; f sees the 
           v    d_alpha x0 + d_sigma eps, dxt / dt       *_hat  predicted by the network
           h    tokens after block `align_depth`, h_t in the paper, (B, N, D)
           p    h_phi(h), (B, N, D_f)                    y_star  f(image), y_* in the paper, like p
-Run       python repa.py                      # not measured
+Run       python repa.py                      # judge accuracy 0.57, 4 min, 2 CPU cores
           python repa.py --lam 0 --out runs/sit         # the same without alignment; not measured
           python repa.py --preset cifar10               # not measured; first, for the teacher,
                  python simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
