@@ -19,7 +19,7 @@ def vjepa(grid=GRID, tiled=False, stir=0.3, **predictor):
     """A small world model with weights large enough for every term to count."""
     encoder = script.VideoEncoder(grid, 4, 36, 2, 3, 72, tiled)
     own = script.LatentPredictor(grid, 36, 64, 2, tiled, **predictor)
-    world = script.WorldModel(encoder, own, grid)
+    world = script.WorldModel(encoder, own, grid, tiny=True)
     for w in world.parameters():
         w.data += stir * torch.randn_like(w) * (w.ndim > 1 or stir < 0.1)
     return world.eval()
@@ -160,6 +160,8 @@ def test_prediction_of_a_window_is_the_training_forward_with_a_causal_mask():
     assert torch.allclose(world.predict(video[:, :, :4], 16), z_hat[:, 8:], atol=1e-5)
     assert torch.equal(z, world.target(video)) and not z.requires_grad
     assert not torch.allclose(z, world.encoder(video))  # stirred on its own
+    frozen = script.WorldModel(world.encoder, world.predictor, GRID)
+    assert frozen.target is frozen.encoder and not frozen(video, visible)[1].requires_grad
 
 
 # ---- official weights ------------------------------------------------------------------
