@@ -44,7 +44,7 @@ class Config:
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     image_size: int = 32  # side S of a frame in pixels
     batch_size: int = 64  # clips per step, summed over all GPUs
-    steps: int = 2000  # optimizer steps of the last stage, the world model
+    steps: int = 3000  # optimizer steps of the last stage, the world model
     lr: float = 1.5e-3  # AdamW, of both stages; falls to 0 over the last half
     ema_decay: float = 0.998  # of the generator's weights that are sampled
     log_every: int = 50  # steps between two lines in metrics.jsonl
@@ -58,7 +58,7 @@ class Config:
     components: int = 64  # K of a frame and channel: the generator's latent, the frozen E
     dim: int = 128  # width of the generator
     depth: int = 4  # its blocks
-    generator_steps: int = 2000  # optimizer steps of the first stage, the generator
+    generator_steps: int = 1500  # optimizer steps of the first stage, the generator
     world: str = "frozen"  # frozen | tiny | official: E a frame PCA; V-JEPA 2; published weights
     weights: str = ""  # official: a .pt file, or vitl, vith, vitg or vitg-384 to download
     weights_key: str = "target_encoder"  # target_encoder | encoder: the EMA or the online weights
