@@ -51,13 +51,13 @@ class Config:
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     image_size: int = 32  # side S of a frame in pixels; Wan: its height
     batch_size: int = 64  # clips per step, summed over all GPUs
-    steps: int = 2000  # optimizer steps
+    steps: int = 2600  # optimizer steps
     lr: float = 1.5e-3  # AdamW, betas (0.9, 0.99), no decay; falls to 0 over the last half
     ema_decay: float = 0.998  # of the weights that are sampled
     grad_clip: float = 1.0  # largest norm of the gradient
     log_every: int = 50  # steps between two lines in metrics.jsonl
-    save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1000  # steps between two animations
+    save_every: int = 650  # steps between two checkpoints
+    sample_every: int = 1300  # steps between two animations
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 20_000  # training clips, made at the start

@@ -388,7 +388,7 @@ def judge_claims(report, seeds, best):
     gain = lambda name: mean(report, "sweep", "Euler 32", "teleports") - mean(
         report, "sweep", name, "teleports")
     early = [name for _, name in report["done"] if name.startswith("t 0-0.2")]
-    enough = max(map(gain, early)) >= 0.5 * gain(best)
+    enough = max(map(gain, early)) >= 0.5 * gain(best) > 0
     conclude(report, "early", "t < 0.2 gives nearly all of the gain", verdict({"half": enough}))
     fast, slow = (mean(report, "planner", name, "position") for name in (best, "Euler 32"))
     conclude(report, "planner", "local search only, no planning",
