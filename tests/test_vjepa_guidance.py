@@ -596,7 +596,7 @@ def test_end_to_end_writes_stages_metrics_and_pictures(world):
 
 
 @pytest.mark.parametrize("world, tokens", [([], 4), (TINY, 2 * 16)], ids=["frozen", "tiny"])
-def test_world_model_is_trained_on_windows_of_the_reward_from_everywhere(world, tokens, monkeypatch):
+def test_world_model_is_trained_on_windows_from_everywhere(world, tokens, monkeypatch):
     seen = []
 
     def loss(net, video, visible, spread, real=script.jepa_loss):
