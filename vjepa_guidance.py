@@ -44,7 +44,7 @@ class Config:
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     image_size: int = 32  # side S of a frame in pixels
     batch_size: int = 64  # clips per step, summed over all GPUs
-    steps: int = 2000  # optimizer steps of the last stage, the world model
+    steps: int = 3000  # optimizer steps of the last stage, the world model
     lr: float = 1.5e-3  # AdamW, of both stages; falls to 0 over the last half
     ema_decay: float = 0.998  # of the generator's weights that are sampled
     log_every: int = 50  # steps between two lines in metrics.jsonl
@@ -58,7 +58,7 @@ class Config:
     components: int = 64  # K of a frame and channel: the generator's latent, the frozen E
     dim: int = 128  # width of the generator
     depth: int = 4  # its blocks
-    generator_steps: int = 2000  # optimizer steps of the first stage, the generator
+    generator_steps: int = 1500  # optimizer steps of the first stage, the generator
     world: str = "frozen"  # frozen | tiny | official: E a frame PCA; V-JEPA 2; published weights
     weights: str = ""  # official: a .pt file, or vitl, vith, vitg or vitg-384 to download
     weights_key: str = "target_encoder"  # target_encoder | encoder: the EMA or the online weights
@@ -338,28 +338,28 @@ class LatentPredictor(nn.Module):
     """P of V-JEPA 2: features of visible tokens, a mask token for each hidden one -> (B, N, D)."""
     def __init__(self, grid, width, dim, depth, tiled=False, mask_tokens=1, mask_index=0):
         super().__init__()
-        heads, self.mask_index = dim // 32, mask_index
+        heads, self.index = dim // 32, mask_index
         self.predictor_embed, self.predictor_proj = nn.Linear(width, dim), nn.Linear(dim, width)
         self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, dim) for _ in range(mask_tokens))
         self.predictor_blocks = nn.ModuleList(ViTBlock(dim, heads, 4 * dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
         self.register_buffer("table", rope_3d(grid, 32, tiled), persistent=False)
         init_vit(self, self.predictor_blocks)
-    def forward(self, features, visible):  # (B, N, D), bool (B, N)
-        mask = self.mask_tokens[self.mask_index]
-        h = torch.where(visible[..., None], self.predictor_embed(features), mask)
+    def forward(self, h, visible):  # (B, N, D), bool (B, N)
+        h = torch.where(visible[..., None], self.predictor_embed(h), self.mask_tokens[self.index])
         for block in self.predictor_blocks:
             h = block(h, self.table[:, :h.shape[1]])
         return self.predictor_proj(self.predictor_norm(h))
 
 class WorldModel(nn.Module):
-    """Encoder E, its target (the EMA of E in --world tiny, else E itself) and predictor P."""
-    def __init__(self, encoder, predictor, grid):
+    """Encoder E, its target (tiny: an EMA of E, set to E here; else E itself) and predictor P."""
+    def __init__(self, encoder, predictor, grid, tiny=False):
         super().__init__()
-        self.encoder, self.predictor, self.grid = encoder, predictor, grid
-        self.target = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder, self.predictor, self.grid, self.tiny = encoder, predictor, grid, tiny
+        self.target = copy.deepcopy(encoder).requires_grad_(False) if tiny else encoder
     def forward(self, video, visible):  # -> predicted, true, visible features, all (B, N, D)
-        z, h = self.target(video).detach(), self.encoder(video, visible)
+        z = self.target(video).detach()  # and a frozen token sees no other: it is its own h
+        h = self.encoder(video, visible) if self.tiny else z
         return self.predictor(h, visible), z, h
     def predict(self, context, N):
         """Features of a window of N tokens behind the frames of context: (B, N - n, D)."""
@@ -406,8 +406,7 @@ def hide_boxes(n, grid, count, share, device):
         place = torch.arange(side, device=device) - start[..., None]
         axes.append((place >= 0) & (place < length[..., None]))  # (n, count, side)
     box = axes[0][..., None] & axes[1][:, :, None]
-    union = box.any(1)
-    return torch.where(union.all((1, 2), keepdim=True), box[:, 0], union)  # never the whole frame
+    return torch.where(box.any(1).all((1, 2), keepdim=True), box[:, 0], box.any(1))  # never all
 
 def draw_visible(n, grid, masks, device):
     """What E sees of n clips: bool (n, T H W).
@@ -509,7 +508,7 @@ def build(cfg, codec):
         grid, width = (cfg.frames // 2, cfg.image_size // 4, cfg.image_size // 4), cfg.world_dim
         encoder = VideoEncoder(grid, 4, width, 6, width // 32, 4 * width)
     predictor = LatentPredictor(grid, width, cfg.predictor_dim, depth=4)
-    return net, WorldModel(encoder, predictor, grid)
+    return net, WorldModel(encoder, predictor, grid, cfg.world == "tiny")
 
 def show_rows(net, codec, world, cfg, device, path):
     """Continue cfg.n held-out clips. GIF: a row a clip, real | one sample | guided | best of N |
@@ -563,21 +562,22 @@ def train(cfg):
     model, world = (net.to(device) for net in build(cfg, codec))
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     net, world_net = parallel(model, cfg, device), parallel(world, cfg, device)
-    tiny = cfg.world == "tiny"  # a frozen encoder has no weights to average or to spread
     def generator_loss(i):
         z1, t = codec.encode(videos[i].float() / 127.5 - 1), torch.rand(len(i), device=device)
         with autocast(cfg, device):
             return flow_loss_given(net, z1, labels[i], t)
     def world_loss(i):
-        visible = draw_visible(len(i), world.grid, cfg.masks, device)
+        T, k = world.grid[0] * cfg.W // cfg.frames, torch.randint(cfg.frames - cfg.W + 1, ()).item()
+        visible = draw_visible(len(i), (T, *world.grid[1:]), cfg.masks, device)
+        x = videos[i][:, :, k:k + cfg.W].float() / 127.5 - 1  # a window, as the reward has them
         with autocast(cfg, device):
-            return jepa_loss(world_net, videos[i].float() / 127.5 - 1, visible, float(tiny))
+            return jepa_loss(world_net, x, visible, float(world.tiny))
     first = dataclasses.replace(cfg, out=f"{cfg.out}/generator", steps=cfg.generator_steps)
     setup(first, "steps")
     train_stage(first, model, 0.0, generator_loss,
                 lambda step: ema_update(ema, model, cfg.ema_decay, step), ema=ema, codec=codec)
     train_stage(cfg, world, 0.04, world_loss, ema=ema, codec=codec,
-                average=lambda step: tiny and ema_update(world.target, world.encoder, 0.998),
+                average=lambda step: world.tiny and ema_update(world.target, world.encoder, 0.998),
                 check=lambda path: show_rows(ema, codec, world, cfg, device, path))
 
 def sample(cfg):

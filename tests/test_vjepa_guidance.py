@@ -19,7 +19,7 @@ def vjepa(grid=GRID, tiled=False, stir=0.3, **predictor):
     """A small world model with weights large enough for every term to count."""
     encoder = script.VideoEncoder(grid, 4, 36, 2, 3, 72, tiled)
     own = script.LatentPredictor(grid, 36, 64, 2, tiled, **predictor)
-    world = script.WorldModel(encoder, own, grid)
+    world = script.WorldModel(encoder, own, grid, tiny=True)
     for w in world.parameters():
         w.data += stir * torch.randn_like(w) * (w.ndim > 1 or stir < 0.1)
     return world.eval()
@@ -160,6 +160,8 @@ def test_prediction_of_a_window_is_the_training_forward_with_a_causal_mask():
     assert torch.allclose(world.predict(video[:, :, :4], 16), z_hat[:, 8:], atol=1e-5)
     assert torch.equal(z, world.target(video)) and not z.requires_grad
     assert not torch.allclose(z, world.encoder(video))  # stirred on its own
+    frozen = script.WorldModel(world.encoder, world.predictor, GRID)
+    assert frozen.target is frozen.encoder and not frozen(video, visible)[1].requires_grad
 
 
 # ---- official weights ------------------------------------------------------------------
@@ -563,6 +565,10 @@ SMALL = (
 TINY = ["--world", "tiny", "--world-dim", "32", "--masks", "mixed", "--texture"]
 
 
+def config(flags):
+    return script.parse_config(script.Config, script.PRESETS, (), SMALL + flags)
+
+
 def frames_of(path):
     from PIL import Image
 
@@ -589,6 +595,27 @@ def test_end_to_end_writes_stages_metrics_and_pictures(world):
     assert any(moved) is bool(world)  # an EMA of what is trained, or the same
 
 
+@pytest.mark.parametrize("world, tokens", [([], 4), (TINY, 2 * 16)], ids=["frozen", "tiny"])
+def test_world_model_is_trained_on_windows_from_everywhere(world, tokens, monkeypatch):
+    seen = []
+
+    def loss(net, video, visible, spread, real=script.jepa_loss):
+        seen.append((video, visible.shape, spread))
+        return real(net, video, visible, spread)
+
+    monkeypatch.setattr(script, "jepa_loss", loss)
+    script.main(SMALL + world + ["--out", "run", "--steps", "12", "--sample-every", "99"])
+    whole = script.load_videos(config(world), "cpu")[0].float() / 127.5 - 1
+    starts = set()
+    for video, visible, spread in seen:
+        assert video.shape == (4, 3, 4, 16, 16) and visible == (4, tokens)
+        assert spread == bool(world)
+        for k in range(5):
+            found = (whole[:, :, k : k + 4] == video[0]).flatten(1).all(1)
+            starts |= {k} if found.any() else set()
+    assert len(starts) > 2
+
+
 @pytest.mark.parametrize("world", [[], TINY], ids=["frozen", "tiny"])
 def test_interrupted_run_ends_with_the_same_weights(world, same_when_interrupted):
     same_when_interrupted(script, SMALL + world, ["model", "ema"])
@@ -597,7 +624,7 @@ def test_interrupted_run_ends_with_the_same_weights(world, same_when_interrupted
 def test_only_the_predictor_of_a_frozen_world_is_trained_and_targets_of_tiny_are_an_average():
     script.main(SMALL + ["--out", "frozen"])
     saved = load_checkpoint("frozen/last.pt")
-    cfg = script.parse_config(script.Config, script.PRESETS, (), SMALL + TINY[:4])
+    cfg = config(TINY[:4])
     codec = script.load_videos(cfg, "cpu")[2]
     for name, w in codec.state_dict().items():
         assert torch.equal(saved["model"]["encoder." + name], w)

@@ -57,7 +57,7 @@ from tests.claims.report import arm, arm_file, conclude, open_report, verdict
 SEEDS = {"cpu": (0, 1), "gpu": (0, 1, 2)}
 WORLDS = {"cpu": ("frozen",), "gpu": ("frozen", "tiny")}
 FLAGS = {
-    "cpu": ["--generator-steps", 1000, "--steps", 1000, "--clips", 4000, "--compile", "off",
+    "cpu": ["--generator-steps", 1000, "--steps", 2000, "--clips", 4000, "--compile", "off",
             "--best-of", 2, "--n", 3],
     "gpu": ["--preset", "gpu"]}
 WORLD_FLAGS = {  # in the gpu preset; the generator of `frozen` serves both
@@ -198,7 +198,7 @@ def load_run(argv):
 
 
 def train_pixels(cfg, device, out):
-    """The predictor of pixels: the frozen world's predictor, steps, rate and clips. Returns it."""
+    """The predictor of pixels: the frozen world's predictor, steps, rate, clips and windows."""
     videos = script.load_videos(cfg, device)[0]
     width, grid = 3 * (cfg.image_size // 2) ** 2, (cfg.frames, 1, 1)
     torch.manual_seed(cfg.seed)
@@ -206,9 +206,10 @@ def train_pixels(cfg, device, out):
     world = script.WorldModel(Pixels(), predictor, grid).to(device)
 
     def loss(i):
-        visible = script.draw_visible(len(i), grid, "causal", device)
+        k = torch.randint(cfg.frames - cfg.W + 1, ()).item()
+        visible = script.draw_visible(len(i), (cfg.W, 1, 1), "causal", device)
         with autocast(cfg, device):
-            return pixel_loss(world, videos[i].float() / 127.5 - 1, visible)
+            return pixel_loss(world, videos[i][:, :, k : k + cfg.W].float() / 127.5 - 1, visible)
 
     fields = vars(cfg) | {"out": str(out)}
     script.train_stage(script.Config(**fields), world, 0.04, loss, lambda step: None)
