@@ -5,8 +5,8 @@ Paper     Yuan et al. Inference-time Physics Alignment of Video Generative Model
 Here      V-JEPA 2: VideoEncoder, LatentPredictor, draw_visible, jepa_loss, load_official. WMReward:
           Eq. 4-6 surprise, best_of_n, Eq. 7-9, 12 guided_step. Generator: as in self_refine.py
 Changed   hidden tokens stay in the batch unseen, as good as dropped; one kind of mask a clip, past
-          to future too; RoPE is right (tiled for published weights); VICReg terms, without which
-          this small E collapses; --world frozen: E is a frame PCA for ever, only P is trained,
+          to future too; RoPE is right (tiled for published weights); VICReg terms: without
+          them this small E collapsed; --world frozen: E is a frame PCA for ever, only P is trained,
           nothing can collapse; no clamp before S; eta is a share of the latent's norm
 Left out  VideoMix22M, cool-down; V-JEPA 2.1, Hugging Face's names; maximum over windows; Eq. 13
 Notation  E, P  encoder, predictor of hidden features   z   latent clip, (B, K, F, 3, 1)
