@@ -80,6 +80,33 @@ def test_judging_a_file_prints_distance_and_accuracy(capsys, monkeypatch, refuse
     refuses(lambda: judge.load_judge("data/none", 32), "tests.claims.judge --data data/none")
 
 
+@pytest.mark.parametrize("high, low, least, found", [
+    ((1.0, 1.1), (0.2, 0.1), 0.0, "as in the paper"),
+    ((1.0, 1.1), (0.2, 0.1), 0.8, "not resolved"),  # by less than asked at one seed
+    ((1.0, 2.0), (0.9, 0.1), 0.0, "not resolved"),  # at every seed, but within the spread
+    ((0.1, 0.3), (0.2, 0.1), 0.0, "not resolved"),  # seeds differ
+    ((0.2, 0.1), (1.0, 1.1), 0.0, "contradicted"),
+    ((0.2, 0.1), (0.3, 0.9), 0.0, "not resolved"),
+    ((1.0,), (0.0,), 0.0, "not resolved")])  # one seed has no spread
+def test_exceeds_needs_every_seed_and_more_than_the_spread(high, low, least, found):
+    assert report.exceeds(high, low, least) == found
+
+
+def test_overall_says_partly_only_where_something_holds():
+    yes, no, open_ = "as in the paper", "contradicted", "not resolved"
+    for found, word in (((yes, yes), yes), ((yes, open_), "partly"), ((yes, no), "partly"),
+                        ((no, open_), no), ((open_, open_), open_), (("partly", no), "partly")):
+        assert report.overall(dict(enumerate(found))) == word
+
+
+def test_attempt_turns_a_refusal_into_an_error_that_a_pool_passes_on():
+    def refuse():
+        raise SystemExit(2)
+    with pytest.raises(RuntimeError, match="refuse ended with status 2"):
+        report.attempt(refuse)
+    assert report.attempt(max, 1, 3) == 3
+
+
 def test_report_keeps_arms_refuses_other_code_and_writes_statistics(refuses):
     calls = []
 

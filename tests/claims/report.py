@@ -5,6 +5,7 @@ A claim calls open_report, then arm(...) for every table, arm and seed, then con
 import argparse
 import hashlib
 import json
+import math
 import platform
 import re
 import statistics
@@ -112,6 +113,41 @@ def verdict(ok):
     if all(ok.values()):
         return "as in the paper"
     return "partly" if any(ok.values()) else "contradicted"
+
+
+def exceeds(high, low, least=0.0):
+    """Whether a metric is higher in one arm than in another, in conclude's words.
+
+    high, low: the values of the two arms, one a seed, paired. It is if it is by more than `least`
+    at every seed and in the mean by `least` and the sum of both standard deviations; contradicted
+    if it is lower at every seed and in the mean by that sum; else, and with one seed, not resolved.
+    """
+    a, b = torch.tensor(high, dtype=torch.float64), torch.tensor(low, dtype=torch.float64)
+    gap, spread = a - b, a.std() + b.std() if len(a) > 1 else math.inf
+    if (gap > least).all() and gap.mean() - least > spread:
+        return "as in the paper"
+    return "contradicted" if (gap < 0).all() and -gap.mean() > spread else "not resolved"
+
+
+def overall(found):
+    """One verdict of several {name: verdict}: partly where some hold; contradicted only where none
+    does and one is contradicted."""
+    print({str(k): v for k, v in found.items() if v != "as in the paper"} or "all conditions hold")
+    kinds = set(found.values())
+    if "as in the paper" in kinds:
+        return "as in the paper" if len(kinds) == 1 else "partly"
+    for word in ("partly", "contradicted"):
+        if word in kinds:
+            return word
+    return "not resolved"
+
+
+def attempt(work, *arguments):
+    """work(*arguments) in a worker process: bad input there (SystemExit) ends the claim, too."""
+    try:
+        return work(*arguments)
+    except SystemExit as error:  # a pool would start another worker and wait for ever
+        raise RuntimeError(f"{work.__name__} ended with status {error.code}") from None
 
 
 def write(report):
