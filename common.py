@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -295,14 +295,9 @@ def open_dataset(name, split):
     return dataset, len(names)
 
 def square(image, size):
-    """ADM's centre crop: halve while twice too large, bicubic to size. PIL -> uint8 (3, S, S)."""
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize([x // 2 for x in image.size], Image.BOX)
-    image = image.resize([round(x * size / min(image.size)) for x in image.size], Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    """Centre square, bicubic with antialiasing. PIL image -> uint8 (3, size, size)."""
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 def read_images(dataset, cfg, streamed, i):
     """Decode batch i if streamed, else 256 images from number i on: uint8 (n, 3, S, S), int64 (n,).
