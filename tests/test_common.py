@@ -254,6 +254,32 @@ def test_truncated_image_is_named_or_left_out_but_never_replaced_in_silence(
     assert data.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
 
+def test_a_streamed_batch_takes_the_next_of_its_part_for_an_image_that_cannot_be_read(
+    folder, monkeypatch, capfd
+):
+    for k in range(18):
+        Image.new("RGB", (8, 8), (k, 255, 0)).save(folder / "dog" / f"x{k}.png")
+    pixels = load(folder).images[:, :2, 0, 0].tolist()  # 30, all different
+    for bad in (folder / "dog" / "x0.png", folder / "dog" / "x1.png"):  # numbers 8 and 9
+        bad.write_bytes(bad.read_bytes()[:45])
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1)  # no memory
+    monkeypatch.setattr(common.os, "cpu_count", lambda: 0)  # no workers
+    cfg, cpu = config("--data", folder, "--skip-bad", "--batch-size", 3), torch.device("cpu")
+    for split, part in (
+        ("train", [i for i in range(30) if i % 10 < 9]),
+        ("validation", [9, 19, 29]),
+    ):
+        data = common.load_images(cfg, cpu, split)
+        assert data.images is None and data.size == len(part)
+        x = torch.cat([common.batch(data, cfg, cpu, step)[0] for step in range(len(part) // 3)])
+        seen = ((x[:, :2, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert len(seen) == len(part)
+        assert sorted(pixels[i] for i in part if i not in (8, 9)) == sorted(
+            list(pixel) for pixel in {tuple(pixel) for pixel in seen}
+        )
+    assert "dog/x0.png" in capfd.readouterr().err
+
+
 def test_square_crops_the_centre_and_resizes_with_antialiasing():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
