@@ -52,8 +52,7 @@ def parse_config(cls, presets, sampling=(), argv=None):
     out = f"runs/{Path(inspect.getfile(cls)).stem}-{preset}".strip("-")
     values = {"out": out} | presets.get(preset, {})
     if source:
-        extra = set(given) - {"sample", "device", "precision", "seed", "n", "npz", "out", *sampling}
-        if extra:
+        if extra := set(given) - {*"sample device precision seed n npz out".split(), *sampling}:
             fail(f"--sample takes {', '.join(sorted(extra))} from the checkpoint: drop that flag")
         values = load_checkpoint(source)["config"] | {"out": str(Path(source).parent)}
     with explain("config", TypeError, ValueError):  # TypeError: a checkpoint of another script
@@ -79,8 +78,7 @@ def setup(cfg, *fixed):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    # on a CPU and short sequences the fused attention kernel costs ten times the plain products
-    torch.backends.cuda.enable_flash_sdp(kind != "cpu")  # despite its name, for every device
+    torch.backends.cuda.enable_flash_sdp(kind != "cpu")  # also a CPU's, slow on short sequences
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
@@ -360,18 +358,17 @@ def load_encoder(spec, grid, norm="final"):
              (name), args, mean, std (JSON; for images in [0, 1]); looked up beside this file too
     norm     final: the encoder's own last one | none: before it | plain: LayerNorm, not affine"""
     import timm, safetensors
-    path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
     with explain(f"--encoder {spec} (timm:name, or a file that simsiam.py makes)", Exception):
         if spec.startswith("timm:"):
             patch = getattr(timm.create_model(spec[5:]), "patch_embed", None)
             size = {"img_size": grid * patch.patch_size[0]} if patch else {}
             model = timm.create_model(spec[5:], pretrained=True, num_classes=0, **size)
             return Encoder(model, grid, norm, *(model.pretrained_cfg[k] for k in ("mean", "std")))
-        with safetensors.safe_open(path, "pt") as f:
-            meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        model = timm.create_model(meta["timm"], num_classes=0, **json.loads(meta["args"]))
-        model.load_state_dict(weights)
-        return Encoder(model, grid, norm, *(json.loads(meta[k]) for k in ("mean", "std")))
+        path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
+        with safetensors.safe_open(path, "pt") as file:
+            name, args, mean, std = (file.metadata()[k] for k in ("timm", "args", "mean", "std"))
+        model = timm.create_model(name, checkpoint_path=path, num_classes=0, **json.loads(args))
+        return Encoder(model, grid, norm, json.loads(mean), json.loads(std))
 
 # ---- the run ---------------------------------------------------------------------------
 def load_checkpoint(path):
@@ -432,8 +429,9 @@ def steps(cfg, state):
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
-    handlers = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as at_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_end.callback(signal.signal, number, signal.signal(number, catch))
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
                          disable=RANK > 0 or None):
             torch.manual_seed(mix(cfg.seed, step, RANK))
@@ -450,9 +448,6 @@ def steps(cfg, state):
                 dist.barrier() if WORLD > 1 else None  # no rank reads it, or leaves, too early
             if stop and step + 1 < cfg.steps:
                 fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def due(cfg, every, step):
     """True every `every` steps (counted from 0), and at the last one."""
@@ -469,11 +464,10 @@ def log(cfg, state, step, **values):
         return
     mean, now = check_finite(cfg, state, step).mean(0), time.perf_counter()
     (first, before), state["clock"] = state["clock"], (step + 1, now)
+    speed = cfg.batch_size * (step + 1 - first) / (now - before)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    memory = torch.cuda.max_memory_allocated() if row.is_cuda else host
-    line = values | dict(zip(tensors, mean.tolist())) | {
-        "images_per_s": cfg.batch_size * (step + 1 - first) / (now - before),
-        "memory_gb": memory / 2**30}
+    memory = (torch.cuda.max_memory_allocated() if row.is_cuda else host) / 2**30
+    line = values | dict(zip(tensors, mean.tolist())) | {"images_per_s": speed, "memory_gb": memory}
     if RANK == 0:
         tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
