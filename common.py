@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,13 +28,11 @@ def explain(what, *kinds):
         yield
     except kinds as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        if isinstance(error, ModuleNotFoundError):
-            reason += f": pip install {error.name}"
-        fail(f"{what}: {reason}")
+        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        fail(f"{what}: {reason}{hint}")
 
 def parse_config(cls, presets, sampling=(), argv=None):
-    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help; one
-    that begins with words, `# on | off: ...`, allows these words only.
+    """Flags from a dataclass: `lr: float = 2e-4  # help` is --lr; `# on | off: help` a choice.
     presets   {name: {field: value}}; a preset beats the defaults, a flag beats the preset
     sampling  fields allowed beside --sample FILE; all others come from that checkpoint
     errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects"""
@@ -515,9 +514,8 @@ def save_gif(videos, path, columns, fps=8):
     zoom, blank = max(1, 64 // videos.shape[-1]), -len(videos) % columns
     videos = to_uint8(videos).cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
-    cells = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2)  # F, row, H, column, W, C
-    frames = cells.flatten(3, 4).flatten(1, 2).expand(-1, -1, -1, 3).numpy()
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+    grid = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
+    first, *rest = [Image.fromarray(frame) for frame in grid.expand(-1, -1, -1, 3).numpy()]
     first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
 def save_npz(images, labels, path):
