@@ -270,9 +270,9 @@ def open_dataset(name, split):
     part = "validation" if split == "validation" else "train"
     with explain(f"--data {name}", Exception):  # whatever that data set's library raises
         from timm.data import create_dataset
-        dist.barrier() if RANK > 0 else None  # rank 0 goes first: it may download
+        dist.barrier() if kind and RANK > 0 else None  # rank 0 goes first: it downloads
         dataset = create_dataset(kind, root, part, is_training=part == "train", download=True)
-        dist.barrier() if RANK == 0 and WORLD > 1 else None
+        dist.barrier() if kind and RANK == 0 and WORLD > 1 else None
     reader, indices = getattr(dataset, "reader", dataset), range(len(dataset))
     classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if not classes or "" in classes:
