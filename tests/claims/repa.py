@@ -62,11 +62,11 @@ speed      Fig. 1: >17.5 times faster (SiT-XL/2). gpu only. The goal is the lowe
 
 What was seen before these rules were set: a run of cpu at commit 6dd592d, two seeds. Its rules
 asked for signs only; its random encoder had BatchNorms that saw no data (a constant answered its
-tokens with cosine 0.92, the teacher's with 0.73); iREPA's CKNNA took normalised targets. Probe of the aligned block: vanilla 0.226 and 0.219, REPA 0.255 and
-0.247, random 0.232 and 0.237, iREPA 0.311 and 0.306; CKNNA with the teacher: vanilla 0.043 and
-0.059, REPA 0.101 and 0.093; cosine above the constant 0.17 at t = 0.1, 0.12 at 0.7; FD: vanilla 181
-and 196, REPA 187 and 194. Its verdicts: teacher, probe, alignment, random as in the paper, cknna
-partly, fd and irepa not resolved.
+tokens with cosine 0.92, the teacher's with 0.73); iREPA's CKNNA took normalised targets. Probe of
+the aligned block: vanilla 0.226 and 0.219, REPA 0.255 and 0.247, random 0.232 and 0.237, iREPA
+0.311 and 0.306; CKNNA with the teacher: vanilla 0.043 and 0.059, REPA 0.101 and 0.093; cosine above
+the constant 0.17 at t = 0.1, 0.12 at 0.7; FD: vanilla 181 and 196, REPA 187 and 194. Its verdicts:
+teacher, probe, alignment, random as in the paper, cknna partly, fd and irepa not resolved.
 Set after it: the margins of probe, cknna and random, best, the readout, place, shuffled, what a
 failed precondition does, and the goal and margin of speed. By them that run's probe is partly (not
 resolved at t = 0.7), cknna partly (not with the judge at t = 0.1), best not resolved (only CKNNA
