@@ -21,6 +21,32 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "hybrid": "auroc_std: copies", "regimes": "auroc_std: n = 5 | n = 100 | n = 10000",
         "noise": "cosine: sigma = 0.2 | sigma = 1 | sigma = 5",
         "sampling": "memorised: n = 5 | n = 10000", "denoiser": "auroc_std_own: U-Net"},
+    "representation_dynamics": {
+        "snr": "snr_0_296: exact, K = 2 | formula, K = 2",
+        "learned": "subspace_error: K = 2 | K = 3",
+        "relaxed": "peak: none | angle 30 | ranks 10 and 2 | weights .8 and .2",
+        "probe": "peak: noisy | clean | noisy, all labels",
+        "memorised": "rise: N = 60 | N = 600 | N = 6000 | exact",
+        "images": "level: N 64 | N 512 | N 4096 | N all", "grain": "rise: N all",
+        "sharing": "mean: shared | separate",
+        "ensemble": "gain: 0% wrong labels | 40% wrong labels | 80% wrong labels"},
+    "repa": {
+        "teacher": "probe: teacher | random | pixels",
+        "probe": "arms/probe: vanilla | REPA | iREPA | random | shuffled",
+        "cknna": "arms/cknna: vanilla | REPA | iREPA | random | shuffled",
+        "best": "arms/probe_4_0.1: vanilla | REPA | iREPA",
+        "alignment": "arms/aligned_0.1: REPA | iREPA | random | shuffled",
+        "place": "arms/place_0.1: REPA | iREPA | shuffled",
+        "shuffled": "arms/probe: vanilla | shuffled | REPA",
+        "random": "arms/probe: random | REPA", "fd": "arms/fd: vanilla | REPA",
+        "irepa": "arms/fd: REPA | iREPA"},
+    "moe_subspace": {
+        "error": "excess_0.3: D 256 eta 0.1 MoE | D 256 eta 0.1 MoLRG | D 256 eta 0.1 MLP-L",
+        "samples": "slope: eta 0 MoE | eta 0.1 MoE | eta 0 MoLRG",
+        "rate": "rate: separated | overlap", "size": "excess_0.3: width 24 | width 400",
+        "gate": "excess_1: soft | label | top-1 | without d_k | without |z|^2",
+        "images": "fd: specific gauss | specific mog | specific mlp | specific U-Net",
+        "unified": "images/fd: unified mog | specific mog | unified U-Net"},
     "ddpm_xpred": {
         "buried": "verr: D 2 x | D 512 x | D 512 v | D 512 eps",
         "nine": "verr: eps-loss x | x-loss v | x-loss eps",
@@ -56,10 +82,10 @@ def table(folder):
     for path in sorted(folder.glob("*_[cg]pu.json")):
         report = json.loads(path.read_text())
         for claim in report.get("claims", ()):  # a benchmark has none
-            lines.append("| " + " | ".join([
-                report["script"], claim["table"], claim["claim"], f"**{claim['agrees']}**",
-                numbers(report, claim["table"]), str(len(report["seeds"])), report["device"],
-                report["commit"]]) + " |")
+            cells = [report["script"], claim["table"], claim["claim"], f"**{claim['agrees']}**",
+                     numbers(report, claim["table"]), str(len(report["seeds"])), report["device"],
+                     report["commit"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
