@@ -284,8 +284,11 @@ def open_dataset(name, split):
     return dataset, indices, max(classes.values()) + 1
 
 def square(image, size):
-    """Centre square, bicubic with antialiasing. PIL image -> uint8 (3, size, size)."""
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    """ADM's centre crop: halve while twice too large, bicubic to size. PIL -> uint8 (3, S, S)."""
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize([x // 2 for x in image.size], Image.Resampling.BOX)
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 def read_images(dataset, indices, cfg, streamed, i):

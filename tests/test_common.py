@@ -280,21 +280,25 @@ def test_a_streamed_batch_takes_the_next_of_its_part_for_an_image_that_cannot_be
     assert "dog/x0.png" in capfd.readouterr().err
 
 
-def test_square_crops_the_centre_and_resizes_with_antialiasing():
+def test_square_crops_the_centre_halves_with_a_box_and_resizes_with_antialiasing():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
     assert torch.equal(
         common.square(Image.fromarray(wide), 4), torch.full((3, 4, 4), 200, dtype=torch.uint8)
     )
-    for h, w in ((24, 24), (40, 24), (24, 40)):  # resized whole, then cropped: the same
-        photo = torch.randint(256, (1, 3, h, w), dtype=torch.uint8)
+    fine = torch.arange(64).reshape(8, 8).to(torch.uint8)
+    half = torch.nn.functional.avg_pool2d(fine[None, None].float(), 2)[0, 0]
+    got = common.square(Image.fromarray(fine.numpy()).convert("RGB"), 4)[0].float()
+    assert (got - half).abs().max() <= 0.5
+    for h, w in ((16, 16), (48, 16), (16, 48)):  # resized whole, then cropped: the same
+        photo = torch.randint(64, 192, (1, 3, h, w), dtype=torch.uint8)  # overshoots, no clipping
         whole = torch.nn.functional.interpolate(
-            photo.float(), (h * 9 // 24, w * 9 // 24), mode="bicubic", antialias=True
-        ).clamp(0, 255)
-        y, x = ((n - 9) // 2 for n in whole.shape[2:])
+            photo.float(), (h * 9 // 16, w * 9 // 16), mode="bicubic", antialias=True
+        )[0]
+        y, x = ((n - 9) // 2 for n in whole.shape[1:])
         got = common.square(Image.fromarray(photo[0].permute(1, 2, 0).numpy()), 9)
         assert got.dtype == torch.uint8
-        assert (got - whole[0, :, y : y + 9, x : x + 9]).abs().max() <= 1
+        assert (got - whole[:, y : y + 9, x : x + 9]).abs().max() <= 1
 
 
 def test_flip_mirrors_about_half():

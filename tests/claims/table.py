@@ -56,7 +56,7 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
 
 
 def figure(mean, std):
-    """A metric as text: three significant digits, at most four decimals; mean ± std with as many."""
+    """A metric as text: three digits, at most four decimals; mean ± std with as many."""
     size = math.floor(math.log10(abs(mean))) if mean else 0
     decimals = min(4, max(0, 2 - size))
     return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
@@ -75,8 +75,8 @@ def numbers(report, claim):
 def table(folder):
     """Markdown text of all claims in folder/*_cpu.json and *_gpu.json."""
     lines = ["# Claims", "", "Written by `python -m tests.claims.table` from the JSON files here. "
-             "What counts as agreeing stands in the docstrings of", "[tests/claims/](../tests/claims)"
-             ", stated before the run. Mean ± standard deviation over the seeds.", "",
+             "What counts as agreeing stands in the",
+             "docstrings of [tests/claims/](../tests/claims). Mean ± std over seeds.", "",
              "| script | claim | the paper | here | numbers | seeds | device | commit |",
              "|---|---|---|---|---|---|---|---|"]
     for path in sorted(folder.glob("*_[cg]pu.json")):
