@@ -174,13 +174,16 @@ def make_clips(n, seed, cfg, device):
 
 def load_clips(cfg, codec, device):
     """Latents z1 (M, C, F, H, W) and labels (M,) of the training clips; fits the codec."""
-    z1, labels = [], []
+    z1, labels = None, []
     for videos, y in make_clips(cfg.clips, 0, cfg, device):
-        if cfg.components and not z1:
+        if cfg.components and not labels:
             codec.fit(videos)
-        z1.append(codec.encode(videos))
+        part = codec.encode(videos)
+        if z1 is None:  # in place: of pixels a list and its join would be twice 10 GB
+            z1 = part.new_empty(cfg.clips, *part.shape[1:])
+        z1[500 * len(labels):][:len(part)] = part
         labels.append(y)
-    return torch.cat(z1), torch.cat(labels)
+    return z1, torch.cat(labels)
 
 # ---- model -----------------------------------------------------------------------------
 
@@ -343,8 +346,18 @@ def flow_times(N, shift=1.0):
     return [i / N / (1 + (shift - 1) * (1 - i / N)) for i in range(N + 1)]
 
 def plan_steps(windows, times):
-    """Iterations of each step, {i: K}: those of the window [low, high) that its time lies in."""
-    return {i: K for i, t in enumerate(times[:-1]) for low, high, K in windows if low <= t < high}
+    """Iterations of each step, {i: K}: those of the window [low, high) that its time lies in.
+
+    None at t = 0, where the state holds no trace of a video: an iteration would be another noise.
+    """
+    plan = {}
+    for low, high, K in windows:
+        inside = {i: K for i, t in enumerate(times[:-1]) if low <= t < high and t > 0}
+        if not inside:
+            raise ValueError(f"no step lies in {low:g}-{high:g}: their times are "
+                             f"{times[1]:.3g} ... {times[-2]:.3g}")
+        plan |= inside
+    return plan
 
 @torch.no_grad()
 def pnp_sample(velocity, z, times, plan, generators, tau=0.0):
