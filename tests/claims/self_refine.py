@@ -121,8 +121,9 @@ def sweep_arms(preset):
     return arms
 
 
-def conditions(cfg, kind="held out", n=CONDITIONS):
+def conditions(cfg, kind="held out", n=None):
     """Clips that no training has seen: held out, or the same with first speeds of 2.0 to 2.6."""
+    n = n or CONDITIONS
     clips = bouncing_balls(n, cfg.frames, cfg.image_size, mix(2, 0), cfg.texture)
     if kind == "fast":
         v = clips.tracks[:, 0, :, 2:]
