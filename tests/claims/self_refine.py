@@ -175,7 +175,7 @@ def evaluate(folder, network, flags, kind, device):
     videos = continued(network, flags, clips, device)
     m = physics.measure(videos, clips)
     torch.save(m, folder / "measure.pt")
-    torch.save(videos[:6].clone(), folder / "videos.pt")
+    torch.save(videos[:3].clone(), folder / "videos.pt")
     return physics.summary(m) | {"nfe": evaluations(flags)}
 
 
@@ -279,7 +279,7 @@ def background(folder, network, flags, device):
         flags = flags | {"tau": result["median_U"]}
     euler, videos = (continued(network, f, clips, device)[:, :, cfg.given :]
                      for f in (flags | {"plan": ""}, flags))
-    torch.save(videos[:6].clone(), folder / "videos.pt")
+    torch.save(videos[:3].clone(), folder / "videos.pt")
     moved, real = (videos - euler).abs(), real[:, :, cfg.given :]
     return result | {"drift": moved[still].median().item(),
                      "drift_moving": moved[moving].median().item(),
@@ -523,10 +523,10 @@ def draw_figures(report, best, preset):
         axes[0, 0].legend(fontsize=7)
     load_videos = lambda name: torch.load(
         arm_file(report, "sweep", name, 0).with_name("videos.pt"), weights_only=True)
-    real = conditions(load(network(report, "main", 0), "cpu")[0]).videos[:6].float() / 127.5 - 1
-    rows = torch.stack([real, load_videos("Euler 32"), load_videos(best)])  # (3, 6, 3, F, S, S)
-    save_gif(rows.flatten(0, 1), f"{report['path']}.gif", columns=6)
-    strip = rows[:, :3, :, ::2].permute(1, 0, 3, 2, 4, 5)  # three clips, every second frame
+    real = conditions(load(network(report, "main", 0), "cpu")[0]).videos[:3].float() / 127.5 - 1
+    rows = torch.stack([real, load_videos("Euler 32"), load_videos(best)])  # (3, 3, 3, F, S, S)
+    save_gif(rows.flatten(0, 1), f"{report['path']}.gif", columns=3)
+    strip = rows[:, :, :, ::2].permute(1, 0, 3, 2, 4, 5)  # of a clip: every second frame
     save_grid(strip.flatten(0, 2), f"{report['path']}_strip.png", columns=strip.shape[2])
 
 
