@@ -50,10 +50,10 @@ frames   Paper: one iteration changes an image's content, a video's hardly (Fig.
 mask     (gpu) Paper: without mask the background over-saturates with K and guidance, with it not.
          Clips with a texture, guidance 4, window 0.2-0.6. drift = median change, against Euler, of
          places that no real ball comes near; drift_moving of those that one crosses. Agrees if
-         drift is higher for K = 5 than for K = 2, tau at the median of U more than halves it,
-         contrast comes nearer to 1 and the AUC of U for places that balls cross is above 0.6: at
-         every seed, and in the mean by more than both standard deviations. Guard: the masked arm
-         keeps 0.7 of drift_moving, so that the mask has not undone everything.
+         drift is higher for K = 5 than for K = 2, tau at the median of U more than halves it and
+         contrast comes nearer to 1: at every seed, and in the mean by more than both standard
+         deviations. Guard: the masked arm keeps 0.7 of drift_moving, so that the mask has not
+         undone everything. A second claim: the AUC of U for places that balls cross is above 0.6.
 shift    (gpu) The window 0-0.2 and the best one at shift 1, 3, 5: reported.
 lengths  (gpu) Euler and best after a quarter, half and all of the training: reported.
 
@@ -76,7 +76,7 @@ from tests.claims import physics
 from tests.claims.report import (arm, arm_file, attempt, conclude, exceeds, mean, open_report,
                                  overall, values)
 
-CONDITIONS, NFE = 256, 32
+CONDITIONS, NFE, DRAWS = 256, 32, 2000  # DRAWS: of a bootstrap that decides
 WINDOWS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 CODE_PLAN = "0.013-0.05:3,0.05-0.145:1"  # of the authors' Wan script: 20 more at N = 40, shift 3
 TRAIN = {"cpu": ["--compile", "off"], "gpu": ["--preset", "gpu"]}
@@ -270,7 +270,7 @@ def background(folder, network, flags, device):
         initial, fresh = ([torch.Generator().manual_seed(mix(4, i, kind)) for i in range(len(z1))]
                           for kind in (0, 1))
         z0 = torch.stack([torch.randn(z1.shape[1:], generator=g) for g in initial]).to(device)
-        with autocast(cfg, torch.device(device)):
+        with autocast(cfg, device):
             _, U = script.pnp_sample(velocity, z0, times, steps, fresh)
         u = torch.stack(list(U.values())).mean(0).cpu()[:, 0, cfg.given :]
         crossed = moving[:64, 0]
@@ -363,13 +363,14 @@ def measured(report, table, name, seed, part=slice(None)):
     return {k: v[part] for k, v in m.items()}
 
 
-def difference(metric, *measures, draws=2000):
+def difference(metric, *measures, draws=None):
     """Interval (low, value, high) of one measure's metric minus the other's."""
     def statistic(one, two):
         one, two = (m[metric].nanmedian() if metric == "residual" else m[metric].nanmean()
                     for m in (one, two))
         return (one - two).item()
-    return physics.interval(statistic, *({metric: m[metric]} for m in measures), draws=draws)
+    return physics.interval(statistic, *({metric: m[metric]} for m in measures),
+                            draws=draws or DRAWS)
 
 
 def differences(report, table, bases, name, seed):
@@ -449,7 +450,7 @@ def judge_sweep(report, seeds, best, early):
         held &= physics.summary(m)["speed_ratio"] >= 0.9
         fast = [one(measured(report, "planner", name, seed, ODD)) for name in ("Euler 32", best)]
         euler, m, first = one(euler), one(m), one(first)
-        test = lambda statistic, *runs: sign(*physics.interval(statistic, *runs, draws=2000))
+        test = lambda statistic, *runs: sign(*physics.interval(statistic, *runs, draws=DRAWS))
         if test(gap, euler, m) == "as in the paper":  # half of best's gain - early's < 0
             found["early"][seed] = test(
                 lambda e, b, f: gap(e, f) - 0.5 * gap(e, b), euler, m, first)
@@ -485,7 +486,7 @@ def judge_claims(report, seeds, best, early, steady):
         for seed in seeds:
             pair = (measured(report, "frames", f"{T}, t {t}", seed) for T in ("T 16", "T 1"))
             gap = lambda clip, single: ratio(clip) - ratio(single)
-            found[t, seed] = sign(*physics.interval(gap, *pair, draws=2000))
+            found[t, seed] = sign(*physics.interval(gap, *pair, draws=DRAWS))
     conclude(report, "frames", "an iteration changes an image more than a video (Fig. 13)",
              overall(found))
     if report["args"].preset == "gpu":
@@ -500,12 +501,13 @@ def judge_mask(report):
     off = {name: [abs(x - 1) for x in numbers] for name, numbers in contrast.items()}
     found = {"K": exceeds(drift["K 5"], drift["K 2"]),
              "mask": exceeds([x / 2 for x in drift["K 5"]], drift["K 5, mask"]),
-             "contrast": exceeds(off["K 5"], off["K 5, mask"]),
-             "auc": exceeds(values(report, "mask", "K 5", "auc"), [0.6] * len(drift["K 5"]))}
+             "contrast": exceeds(off["K 5"], off["K 5, mask"])}
     result = overall(found)
     held = all(a >= 0.7 * b for a, b in zip(moving["K 5, mask"], moving["K 5"]))
     conclude(report, "mask", "the mask keeps the background (tau 0.25)",
              "partly" if result == "as in the paper" and not held else result)
+    areas = values(report, "mask", "K 5", "auc")
+    conclude(report, "mask", "U is high where things move", exceeds(areas, [0.6] * len(areas)))
 
 
 def draw_figures(report, best, preset):
