@@ -43,10 +43,10 @@ modes    Paper: mode-seeking (Fig. 21). A mixture of eight Gaussians in the plan
          it at K = 3: at every seed, and in the mean by more than both standard deviations.
 frames   Paper: one iteration changes an image's content, a video's hardly (Fig. 13); here only
          whether it changes an image more than a video, in pixels. Networks for clips of 16 frames
-         and for single ones, no given frames, the number of balls as label, equal steps, 1024 and
-         512 frames a batch. One iteration in one step, at t = 0.2 or 0.4 of N = 20. change = RMS
-         difference to Euler's sample of the same noise over that of two samples. Agrees if the
-         interval of single frames minus clips lies above 0.
+         and for single ones, no given frames, the number of balls as label, equal steps, half as
+         many frames a batch for single ones. One iteration in one step, at t = 0.2 or 0.4 of
+         N = 20. change = RMS difference to Euler's sample of the same noise over that of two
+         samples. Agrees if the interval of single frames minus clips lies above 0.
 mask     (gpu) Paper: without mask the background over-saturates with K and guidance, with it not.
          Clips with a texture, guidance 4, window 0.2-0.6. drift = median change, against Euler, of
          places that no real ball comes near; drift_moving of those that one crosses. Agrees if
