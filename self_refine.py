@@ -139,7 +139,7 @@ SAMPLING = ("plan", "tau", "sampling_steps", "shift", "guidance")
 
 # ---- data ------------------------------------------------------------------------------
 # Latents z1 are (B, C, F, H, W) everywhere. Those of FramePCA (its z; its x are pixels, its K a
-# number of components) have a channel's components as C and the three channels as H, W = 1.
+# number of components) have a channel's components as C, the three channels as H = 3, and W = 1.
 
 class FramePCA(nn.Module):
     """Linear autoencoder: a channel of a frame <-> its first K principal components, whitened."""
