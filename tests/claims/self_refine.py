@@ -1,6 +1,6 @@
 """Does predict-and-perturb bring videos nearer to the law of motion, at equal compute?
 
-    python -m tests.claims.self_refine                  # about 15 minutes, 2 CPU cores
+    python -m tests.claims.self_refine                  # half an hour, one CPU core
     python -m tests.claims.self_refine --preset gpu     # pixels, 3 seeds, mask, shift, lengths: not
                                                         # run; more than 30 minutes on one GPU
 
@@ -527,6 +527,7 @@ def draw_figures(report, best, preset):
         arm_file(report, "sweep", name, 0).with_name("videos.pt"), weights_only=True)
     real = conditions(load(network(report, "main", 0), "cpu")[0]).videos[:3].float() / 127.5 - 1
     rows = torch.stack([real, load_videos("Euler 32"), load_videos(best)])  # (3, 3, 3, F, S, S)
+    rows = (8 * rows).round() / 8  # 17 grey levels: a third of the bytes
     save_gif(rows.flatten(0, 1), f"{report['path']}.gif", columns=3)
     strip = rows[:, :, :, ::2].permute(1, 0, 3, 2, 4, 5)  # of a clip: every second frame
     save_grid(strip.flatten(0, 2), f"{report['path']}_strip.png", columns=strip.shape[2])
