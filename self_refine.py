@@ -3,10 +3,11 @@
 Paper     Jang, Ki, Jo, Xie, Yoon, Hwang. Self-Refining Video Sampling. arXiv:2601.18577v1
 Here      Eq. 3 flow_loss, predict-and-perturb (Eq. 5-9) and the uncertainty mask (Eq. 10-11)
           pnp_sample, the schedule of its iterations plan_steps; pretrained Wan: refine_pretrained
-Changed   plans are windows of t, not of step numbers, which depend on the flow shift; noise of the
-          iterations comes from a generator of its own, one a clip; the mask keeps its channel axis
-          (the authors' shapes fit for one clip only); conditioning frames take part by replacement,
-          as in the authors' Cosmos code; the generator is a small one, trained here
+Changed   plans are windows of t, not of step numbers, which depend on the flow shift, without t = 0
+          (the authors skip 1 to 3 steps); noise of the iterations is of a generator of its own, one
+          a clip. As in the authors' code, not in Eq. 10-11: a certain place stays so until the next
+          step, the mask also mixes x, Euler replaces Wan's UniPC, given frames by replacement. The
+          mask keeps its channel axis (their shapes fit one clip only). A small model, trained here
 Left out  the early exit of the inner loop where all is certain; per-token times (Wan 2.2 TI2V-5B);
           a second expert for low noise (Wan 2.2 A14B); image conditions in further channels
 Notation  z1   clean latent video, (B, C, F, H, W)     t    0 = noise ... 1 = data
@@ -40,6 +41,19 @@ def parse_plan(text):
     words = (re.split("[-:]", word) for word in text.split(",") if word)
     return [(float(low), float(high), int(K)) for low, high, K in words]
 
+def flow_times(n, shift=1.0):
+    """n + 1 times, 0 ... 1: t = 1 - sigma, sigma = s q / (1 + (s - 1) q) with q = 1 - i / n."""
+    return [i / n / (1 + (shift - 1) * (1 - i / n)) for i in range(n + 1)]
+
+def plan_steps(windows, times):
+    """Iterations of each step, {i: K}: those of the window [low, high) that its time lies in; at
+    t = 0 none, as the state is noise alone and an iteration would only draw it anew."""
+    for low, high, _ in windows:
+        if not any(low <= t < high for t in times[1:-1]):
+            raise ValueError(f"plan: no step after t = 0 lies in {low:g}-{high:g}")
+    return {i: K for i, t in enumerate(times[:-1]) for low, high, K in windows
+            if low <= t < high and t > 0}
+
 @dataclass(frozen=True)
 class Config:
     preset: str = ""  # gpu | wan; a flag beats its preset
@@ -64,7 +78,7 @@ class Config:
     frames: int = 16  # of a clip, at 15 a second (Wan: 4 k + 1, 16 a second)
     given: int = 2  # first frames that are given clean (Wan: none)
     texture: bool = False  # a random smooth background that does not move, instead of black
-    components: int = 64  # principal components K of a channel of a frame; 0: work on pixels
+    components: int = 64  # principal components of a channel of a frame; 0: work on pixels
     patch_frames: int = 1  # latent frames in a patch, which becomes one token
     patch: int = 1  # side of a patch; with components 1: a token is a channel of a frame
     dim: int = 128  # width
@@ -74,44 +88,40 @@ class Config:
     warmup: int = 100  # steps of linear warm-up
     plan: str = "0.2-0.4:3"  # windows low-high:K of t; "": plain Euler (paper: t < 0.2, K = 2 or 3)
     tau: float = 0.0  # places whose prediction moves less are kept (paper: 0.25); 0: no mask
-    sampling_steps: int = 20  # Euler steps N
+    sampling_steps: int = 20  # Euler steps from noise to data
     shift: float = 1.0  # flow shift s: noise level q becomes s q / (1 + (s - 1) q) (Wan: its own)
     guidance: float = 1.0  # classifier-free guidance; 1: off
-    generator: str = ""  # a pretrained Wan model of diffusers instead of the network trained here
-    prompt: str = ""  # what it shows
-    width: int = 0  # of its frames in pixels
+    generator: str = ""  # a pretrained Wan model of diffusers, in bf16, from text alone
+    prompt: str = ""  # what the generator shows
+    width: int = 0  # of the generator's frames in pixels
 
     def __post_init__(self):
-        for name in ("frames", "patch_frames", "patch", "heads", "warmup", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "grad_clip", "tau", "components", "depth"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("label_drop", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        ones = ("frames", "patch_frames", "patch", "heads", "warmup", "sampling_steps")
+        for name in (*ones, "lr", "grad_clip", "tau", "components", "depth"):
+            if not getattr(self, name) >= (least := int(name in ones)):
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (0 <= self.label_drop < 1 and 0 <= self.ema_decay < 1):
+            raise ValueError("label_drop and ema_decay must be in [0, 1)")
         if not self.shift > 0 or not 0 <= self.given < self.frames:
             raise ValueError(f"need shift > 0 and given < frames, got {self.shift}, {self.given}")
         if not re.fullmatch(r"(\d*\.?\d+-\d*\.?\d+:\d+(,|$))*", self.plan):
             raise ValueError(f"plan {self.plan} is not low-high:K or several, a comma between them")
-        edge = 0
-        for low, high, K in parse_plan(self.plan):
+        windows, edge = parse_plan(self.plan), 0
+        for low, high, K in windows:
             if not edge <= low < high <= 1 or K < 1:
                 raise ValueError(f"plan {self.plan} needs rising windows in [0, 1] and K >= 1")
             edge = high
         if self.generator:
             misfit = self.image_size % 16 or self.width % 16 or self.frames % 4 != 1
             if misfit or self.width < 1 or not self.prompt:
-                raise ValueError("a generator needs a prompt, image_size (height) and width in "
-                                 "multiples of 16, and 4 k + 1 frames")
+                raise ValueError("a generator needs a prompt, 4 k + 1 frames, sides of 16 k pixels")
             return
+        plan_steps(windows, flow_times(self.sampling_steps, self.shift))
         if self.dim < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim / heads must be even, got {self.dim} / {self.heads}")
         side = 1 if self.components else self.image_size
         if side % self.patch or self.frames % self.patch_frames:
-            raise ValueError(f"patches of {self.patch_frames} frames and side {self.patch} do not "
-                             f"divide latents of {self.frames} frames and width {side}")
+            raise ValueError(f"patches of {self.patch_frames} frames, side {self.patch} do not fit")
         if self.components > self.image_size**2 or self.batch_size > self.clips:
             raise ValueError("more components than pixels of a frame, or batch_size than clips")
 
@@ -119,7 +129,8 @@ PRESETS = {
     "gpu": dict(  # pixels: 512 tokens, patch 2 x 4 x 4
         batch_size=256, steps=5000, lr=1e-3, save_every=1000, clips=50_000, components=0,
         patch_frames=2, patch=4, dim=256, depth=8, heads=8, sampling_steps=40),
-    "wan": dict(  # authors' script: steps 2-5 of 40 with K = 3, 6-13 with K = 1; t at its shift, 3
+    # the authors' plan, steps 2-5 of 40 with K = 3, 6-13 with K = 1, as times t at a shift of 3
+    "wan": dict(  # tau, guidance: the defaults of their pipeline (their script: 0.2, and 4 or 3)
         generator="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", image_size=480, width=832, frames=81, given=0,
         n=1, plan="0.013-0.05:3,0.05-0.145:1", tau=0.25, sampling_steps=40, guidance=5.0,
         prompt="Three glass marbles roll down a wooden slope, collide and bounce off the wall"),
@@ -127,8 +138,8 @@ PRESETS = {
 SAMPLING = ("plan", "tau", "sampling_steps", "shift", "guidance")
 
 # ---- data ------------------------------------------------------------------------------
-# Latents are (B, C, F, H, W) everywhere. With FramePCA the K components of a channel are C, and the
-# three channels stand in a column: H = 3, W = 1. Without, they are the pixels.
+# Latents z1 are (B, C, F, H, W) everywhere. Those of FramePCA (its z; its x are pixels, its K a
+# number of components) have a channel's components as C, the three channels as H = 3, and W = 1.
 
 class FramePCA(nn.Module):
     """Linear autoencoder: a channel of a frame <-> its first K principal components, whitened."""
@@ -161,26 +172,28 @@ class FramePCA(nn.Module):
 
 class Pixels(nn.Module):
     """The latent is the video."""
-
     encode = decode = staticmethod(lambda videos: videos)
 
 def make_clips(n, seed, cfg, device):
     """n clips of bouncing balls in [-1, 1], 500 at a time: yields videos (<= 500, 3, F, S, S) and
     labels, the number of balls - 1. A function of the seed alone."""
     for i in range(0, n, 500):
-        clips = bouncing_balls(min(500, n - i), cfg.frames, cfg.image_size, mix(seed, i),
-                               cfg.texture)
+        shape = min(500, n - i), cfg.frames, cfg.image_size
+        clips = bouncing_balls(*shape, mix(seed, i), cfg.texture)
         yield clips.videos.to(device).float() / 127.5 - 1, clips.labels.to(device)
 
 def load_clips(cfg, codec, device):
     """Latents z1 (M, C, F, H, W) and labels (M,) of the training clips; fits the codec."""
-    z1, labels = [], []
+    z1, labels = None, []
     for videos, y in make_clips(cfg.clips, 0, cfg, device):
-        if cfg.components and not z1:
+        if cfg.components and not labels:
             codec.fit(videos)
-        z1.append(codec.encode(videos))
+        part = codec.encode(videos)
+        if not labels:  # in place: the pixels of the gpu preset are 10 GB, a list and its join 20
+            z1 = part.new_empty(cfg.clips, *part.shape[1:])
+        z1[500 * len(labels):][:len(part)] = part
         labels.append(y)
-    return torch.cat(z1), torch.cat(labels)
+    return z1, torch.cat(labels)
 
 # ---- model -----------------------------------------------------------------------------
 
@@ -258,6 +271,7 @@ def rotary_grid(frames, rows, columns, head_dim):
     angle = F.pad(angle, (0, head_dim // 2 - 3 * share))
     return torch.stack([angle.cos(), angle.sin()])
 
+# h are tokens, in patterns the height; shift is adaLN's; times go into time_features as 0 ... 1000.
 class VideoDiT(nn.Module):
     """Transformer over the patches of a latent video (B, C, F, H, W): u, zero at initialisation.
 
@@ -309,8 +323,7 @@ def flow_loss(net, z1, y, t, given):
     """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
 
     With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2 (Eq. 3): for every fixed t the loss of a
-    denoising autoencoder, which can be asked again and again.
-    """
+    denoising autoencoder, which can be asked again and again."""
     z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
     z = t5 * z1 + (1 - t5) * z0
     z = torch.cat([z1[:, :, :given], z[:, :, given:]], 2)
@@ -322,7 +335,6 @@ def conditional_velocity(net, y, cond, guidance=1.0):
 
     The network sees cond (B, C, given, H, W) in place of the first frames of z; their own velocity
     leads from wherever they are now to cond, since a perturbation has changed their noise.
-    guidance  u_null + w (u_y - u_null), in the prediction as in the step
     """
     given = cond.shape[2]
 
@@ -334,17 +346,9 @@ def conditional_velocity(net, y, cond, guidance=1.0):
         else:
             both = torch.cat([y, torch.full_like(y, net.classes)])
             u_y, u_null = net(seen.repeat(2, 1, 1, 1, 1), times.repeat(2), both).float().chunk(2)
-            u = u_null + guidance * (u_y - u_null)
+            u = u_null + guidance * (u_y - u_null)  # for the prediction as for the step
         return torch.cat([(cond - z[:, :, :given]) / (1 - t), u[:, :, given:]], 2)
     return velocity
-
-def flow_times(N, shift=1.0):
-    """N + 1 times, 0 ... 1: t = 1 - sigma, sigma = s q / (1 + (s - 1) q) with q = 1 - i / N."""
-    return [i / N / (1 + (shift - 1) * (1 - i / N)) for i in range(N + 1)]
-
-def plan_steps(windows, times):
-    """Iterations of each step, {i: K}: those of the window [low, high) that its time lies in."""
-    return {i: K for i, t in enumerate(times[:-1]) for low, high, K in windows if low <= t < high}
 
 @torch.no_grad()
 def pnp_sample(velocity, z, times, plan, generators, tau=0.0):
@@ -352,31 +356,28 @@ def pnp_sample(velocity, z, times, plan, generators, tau=0.0):
 
     velocity    function (z, t) -> u; see conditional_velocity
     z           noise z0 (B, C, F, H, W), float32
-    times       N + 1 rising numbers, 0 ... 1; no iteration at 1, where there is no noise
+    times       rising numbers, 0 ... 1; no iteration at 1, where there is no noise
     plan        {i: K}; {} is the plain Euler sampler
     generators  B generators of fresh noise, a clip each: the initial noise is not touched by them
     tau         a place is certain once its prediction moves by less (Eq. 10); 0: none ever is
     returns     z (B, C, F, H, W) at the last time; the uncertainty U (B, 1, F, H, W) of the last
-                iteration of each planned step, {i: U}; N + sum K evaluations of the velocity
+                iteration of each planned step, {i: U}; one evaluation a step and an iteration
     """
-    def fresh():
-        noise = [torch.randn(z.shape[1:], generator=g, device=g.device) for g in generators]
-        return torch.stack(noise).to(z.device)
-
     U = {}
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         u = velocity(z, t)
-        x, z_next = z + (1 - t) * u, z + (t_next - t) * u  # predict (Eq. 5); Euler step
+        x, z_next = z + (1 - t) * u, z + (t_next - t) * u  # predict; Euler step (Eq. 5-9)
         certain = torch.zeros_like(z[:, :1], dtype=torch.bool)  # (B, 1, F, H, W)
         for _ in range(plan.get(i, 0)):
-            z = t * x + (1 - t) * fresh()  # perturb, back to the same t (Eq. 6)
+            eps = torch.stack([torch.randn(z.shape[1:], generator=g, device=g.device)
+                               for g in generators]).to(z.device)
+            z = t * x + (1 - t) * eps  # perturb, back to the same t
             u = velocity(z, t)
             x_new, z_new = z + (1 - t) * u, z + (t_next - t) * u
             U[i] = (x_new - x).abs().mean(1, keepdim=True)  # Eq. 10
-            # once certain, kept until the next step, as in the authors' code; the other reading of
-            # the paper's Alg. 2 unites the uncertain places: uncertain = uncertain | (U[i] > tau)
+            # the other reading of Alg. 2 unites the rest: uncertain = uncertain | (U[i] > tau)
             certain = certain | (U[i] < tau)
-            x = torch.where(certain, x, x_new)
+            x = torch.where(certain, x, x_new)  # not in the paper
             z_next = torch.where(certain, z_next, z_new)  # Eq. 11
         z = z_next
     return z, U
@@ -402,9 +403,7 @@ def build(cfg):
 
 def draw(net, codec, videos, y, index, cfg, device, plan):
     """Continue the first cfg.given frames of videos (B, 3, F, S, S): the same in [-1, 1], float32.
-
-    index  numbers of the clips (B,): with the seed they fix the noise, whatever the plan is
-    """
+    The numbers of the clips, index (B,), and the seed fix the noise, whatever the plan is."""
     z1 = codec.encode(videos.to(device))  # only its shape and its given frames are used
     initial, fresh = ([torch.Generator().manual_seed(mix(cfg.seed, int(i), kind)) for i in index]
                       for kind in (0, 1))
@@ -426,8 +425,7 @@ def save_samples(net, codec, cfg, device, name):
         parts.append((index, torch.stack([videos[index], *drawn], 1)))  # (B, 3, 3, F, S, S)
     videos = gather(parts)
     save_gif(videos.flatten(0, 1), f"{cfg.out}/{name}.gif", columns=3)
-    strip = rearrange(videos[:3], "b row c f h w -> (b row f) c h w")
-    save_grid(strip, f"{cfg.out}/{name}.png", columns=cfg.frames)
+    save_grid(videos[:3].transpose(2, 3).flatten(0, 2), f"{cfg.out}/{name}.png", cfg.frames)
 
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
@@ -472,7 +470,9 @@ def refine_pretrained(cfg):
         from diffusers import WanPipeline
         pipe = WanPipeline.from_pretrained(cfg.generator, torch_dtype=torch.bfloat16).to(device)
     pipe.scheduler.set_timesteps(cfg.sampling_steps)
-    times = (1 - pipe.scheduler.sigmas).tolist()  # N + 1 numbers, with the model's own flow shift
+    times = (1 - pipe.scheduler.sigmas).tolist()  # with the model's own flow shift
+    with explain(f"--generator {cfg.generator}", ValueError):
+        plans = {}, plan_steps(parse_plan(cfg.plan), times)
     text, no_text = pipe.encode_prompt(cfg.prompt, "", max_sequence_length=512)
     velocity = wan_velocity(pipe.transformer, text, no_text, cfg.guidance)
     height, width = (side // pipe.vae_scale_factor_spatial for side in (cfg.image_size, cfg.width))
@@ -482,8 +482,9 @@ def refine_pretrained(cfg):
     shape, parts = (1, len(mean), frames, height, width), []
     for index, generator in shares(cfg.n, 1, cfg.seed):
         z0, videos = torch.randn(shape, generator=generator).to(device), []
-        for plan in ([], parse_plan(cfg.plan)):
-            z, _ = pnp_sample(velocity, z0, times, plan_steps(plan, times), [generator], cfg.tau)
+        fresh = torch.Generator().manual_seed(mix(cfg.seed, int(index), 1))
+        for plan in plans:
+            z, _ = pnp_sample(velocity, z0, times, plan, [fresh], cfg.tau)
             z = (z * std + mean).to(pipe.vae.dtype)
             videos.append(to_uint8(pipe.vae.decode(z, return_dict=False)[0]))
         parts.append((index, torch.stack(videos, 1)))  # (1, 2, 3, F, H, W)
@@ -492,8 +493,7 @@ def refine_pretrained(cfg):
 
 def main(argv=None):
     cfg = parse_config(Config, PRESETS, SAMPLING, argv)
-    run = sample if cfg.sample else refine_pretrained if cfg.generator else train
-    run(cfg)
+    (sample if cfg.sample else refine_pretrained if cfg.generator else train)(cfg)
 
 if __name__ == "__main__":
     main()

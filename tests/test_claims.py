@@ -143,6 +143,20 @@ def test_report_keeps_arms_refuses_other_code_and_writes_statistics(refuses):
         report.conclude(r, "table", "so it is", "proven")
 
 
+def test_report_writes_null_where_a_seed_has_nothing_to_measure():
+    r = report.open_report("ddpm_xpred", "doc", [])
+    for seed, hits in enumerate((0.5, math.nan, 1.5)):
+        report.arm(r, "table", "arm", seed, lambda folder: {"hits": hits, "fd": float(seed)})
+    report.arm(r, "table", "other", 0, lambda folder: {"hits": math.inf})
+    text = Path("results/ddpm_xpred_cpu.json").read_text()
+    rows = json.loads(text, parse_constant=lambda word: pytest.fail(f"not JSON: {word}"))["rows"]
+    assert rows[0]["metrics"] == {
+        "hits": {"mean": None, "std": None, "n": 3, "values": [0.5, None, 1.5]},
+        "fd": {"mean": 1.0, "std": 1.0, "n": 3, "values": [0.0, 1.0, 2.0]},
+    }
+    assert rows[1]["metrics"]["hits"] == {"mean": None, "std": None, "n": 1, "values": [None]}
+
+
 def test_spiral_lies_in_the_plane_and_v_error_is_the_squared_norm():
     P = claim.plane(16)
     assert torch.allclose(P.T @ P, torch.eye(2), atol=1e-6)

@@ -221,6 +221,12 @@ def test_real_clips_have_their_floor_in_every_metric(real):
     assert got["residual"] < 0.015 and got["energy"] < 1e-3 and got["momentum"] < 0.05
     assert got["position"] < 0.003 and got["speed_ratio"] == pytest.approx(1, abs=1e-3)
     assert 0.15 < got["qualified"] < 0.35
+    m = physics.measure(real.videos, real)
+    assert got["hits"] == sum(1 for x in m["momentum"].flatten().tolist() if x == x) > 0
+    m["position"] = torch.arange(16.0).expand(len(m["position"]), 16)
+    got = physics.summary(m)
+    assert [got[f"position_{k}"] for k in (5, 10, 15)] == [5, 10, 15] and got["position"] == 7.5
+    assert "position_10" not in physics.summary(m | {"position": m["position"][:, :8]})
 
 
 def test_cheats_and_faults_show_in_the_metric_that_is_meant_for_them(real):

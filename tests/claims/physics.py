@@ -163,7 +163,11 @@ def measure(videos, clips, given=2, background=None):
 
 
 def summary(m):
-    """One number a metric of what measure gave; medians where a few windows would rule a mean."""
+    """One number a metric of what measure gave; medians where a few windows would rule a mean.
+
+    hits: how many of two balls momentum is the median of; position_k: position in frame k
+    """
+    horizons = [k for k in (5, 10, 15) if k < m["position"].shape[1]]
     return {
         "bad_videos": m["bad"].mean().item(),
         "bad_frames": m["bad_frames"].mean().item(),
@@ -172,7 +176,9 @@ def summary(m):
         "residual": m["residual"].nanmedian().item(),
         "energy": m["energy"].nanmedian().item(),
         "momentum": m["momentum"].nanmedian().item(),
+        "hits": m["momentum"].isfinite().sum().item(),
         "position": m["position"].nanmean().item(),
+        **{f"position_{k}": m["position"][:, k].nanmean().item() for k in horizons},
         "speed_ratio": (m["speed"].nanmean() / m["real_speed"].mean()).item(),
         "qualified": m["qualified"].mean().item(),
     }

@@ -151,15 +151,18 @@ def attempt(work, *arguments):
 
 
 def write(report):
-    """results/<script>_<preset>.json: mean, std (of n - 1) and values of every metric."""
+    """results/<script>_<preset>.json: mean, std (of n - 1), values of a metric; NaN is null."""
     rows, seeds = [], set()
     for (table, name), runs in report["done"].items():
         seeds |= set(runs)
         metrics = {}
         for metric in next(iter(runs.values())):
             v = [run[metric] for run in runs.values()]
-            std = statistics.stdev(v) if len(v) > 1 else None
-            metrics[metric] = {"mean": statistics.fmean(v), "std": std, "n": len(v), "values": v}
+            finite = all(map(math.isfinite, v))  # a seed that has nothing to measure leaves null
+            metrics[metric] = {"mean": statistics.fmean(v) if finite else None,
+                               "std": statistics.stdev(v) if finite and len(v) > 1 else None,
+                               "n": len(v), "values": [x if math.isfinite(x) else None for x in v]}
         rows.append({"table": table, "arm": name, "metrics": metrics})
     report["json"].update(rows=rows, seeds=sorted(seeds))
-    report["path"].with_suffix(".json").write_text(json.dumps(report["json"], indent=1) + "\n")
+    text = json.dumps(report["json"], indent=1, allow_nan=False)
+    report["path"].with_suffix(".json").write_text(text + "\n")
