@@ -15,7 +15,7 @@ Notation  z1   clean latent video, (B, C, F, H, W)     t    0 = noise ... 1 = da
           z    t z1 + (1 - t) z0                       x    z + (1 - t) u, the prediction of z1
           y    number of balls - 1, int64 (B,);        cond clean first frames, (B, C, given, H, W)
                `classes` = no condition                K    iterations of one step
-Run       python self_refine.py                      # not measured
+Run       python self_refine.py                      # loss 0.300, 4.4 min, 1 CPU core
           python self_refine.py --preset gpu         # not measured
           python self_refine.py --preset wan         # not measured
 """
