@@ -79,7 +79,7 @@ STEPS, UNIFIED = 4000, 48  # of latent experts; channels of the unified VAE
 LATENT = {  # flags of latent experts
     "gauss": ["--expert", "gauss", "--lr", 3e-3], "mog": ["--lr", 3e-3],
     "mlp": ["--expert", "mlp", "--lr", 1e-2],
-    "U-Net": ["--expert", "mlp", "--width", 64, "--lr", 1e-2]}
+    "U-Net": ["--expert", "mlp", "--width", 64, "--lr", 3e-2]}
 SOFTMAX = ["--modes", 40, "--rank", 0, "--lr", 3e-3]
 LINEAR = {  # flags of linear experts
     "linear": [], "linear, gated": ["--sampler", "gated"],
@@ -407,18 +407,14 @@ def image_arm(report, vae, expert, extra, seed, folder):
         frame = {name: v.to(device) for name, v in saved["frame"].items()}
         model, net = (m and m.to(device) for m in script.build(cfg, len(frame["share"])))
     model.load_state_dict(saved["ema"])
-    result = script.count_parameters(model, net) | measure_samples(
-        report, cfg, model, net and load_vae(net, saved), frame, device, folder)
+    if net:
+        net.load_state_dict(saved["vae"])
+    result = script.count_parameters(model, net) | measure_samples(report, cfg, model, net, frame,
+                                                                   device, folder)
     if vae in ("specific", "unified"):
         result |= measure_latents(cfg, model, net, frame, device)
         result["fd_beyond_vae"] = result["fd"] - result["fd_vae"]
     return result
-
-
-def load_vae(net, saved):
-    """The VAEs with the weights of a checkpoint."""
-    net.load_state_dict(saved["vae"])
-    return net
 
 
 @functools.lru_cache(maxsize=1)
@@ -490,7 +486,7 @@ def draw_figure(report):
     """Errors over D and N, distance to the truth, and sample grids: experts by columns, expert-
     specific VAEs above the unified one, a row a class."""
     m, size = functools.partial(mean, report), report["args"].preset
-    with figure(f"{report['path']}.png", 3, 4, (2.6, 2.4)) as axes:
+    with figure(f"{report['path']}.png", 3, 4, (2.3, 2.1)) as axes:
         for ax, eta in zip(axes[0], (0.0, 0.1)):
             for i, name in enumerate(("MoE", "MoLRG", "MLP-S", "MLP-L")):
                 v = [m("error", f"D {D} eta {eta:g} {name}", "excess_0.3") for D in DIMS[size]]
@@ -511,15 +507,17 @@ def draw_figure(report):
             axes[0, 3].semilogy(distance[40] / rate[40] * rate, f"C{i}:", lw=1)
         axes[0, 3].set(title="distance to the truth (dots: predicted)", xlabel="step")
         axes[0, 3].legend(fontsize=6)
-        for row, vae in zip(axes[1:], ("specific", "unified")):
-            for ax, expert in zip(row, LATENT):
-                path = arm_file(report, "images", f"{vae} {expert}", SEEDS[0])
-                images = torch.load(path.with_name("samples.pt"), weights_only=True)
-                ax.imshow(images.unflatten(0, (10, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1)
-                          .flatten(1, 2))
-                count = m("images", f"{vae} {expert}", "parameters")
-                ax.set_title(f"{vae} VAE: {expert}, {count / 1000:.1f}k")
-                ax.set(xticks=[], yticks=[])
+        shown = [(vae, x) for vae in ("specific", "unified") for x in ("gauss", "mog", "U-Net")]
+        shown.insert(3, ("specific", "softmax"))
+        for ax, (vae, expert) in zip(axes[1:].flat, shown):
+            path = arm_file(report, "images", f"{vae} {expert}", SEEDS[0])
+            images = torch.load(path.with_name("samples.pt"), weights_only=True)
+            images = images.unflatten(0, (10, 8))[:, :6]  # six of a class
+            ax.imshow(images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))
+            count = m("images", f"{vae} {expert}", "parameters")
+            ax.set_title(f"{vae} VAE: {expert}, {count / 1000:.1f}k")
+            ax.set(xticks=[], yticks=[])
+        axes[2, 3].axis("off")
         for ax in axes.flat:
             ax.title.set_fontsize(7)
             ax.tick_params(labelsize=6)
