@@ -4,18 +4,18 @@ Paper     Yang, Li, Jiang, Chen, Li. Multi-Subspace Multi-Modal Modeling for Dif
           Estimation, Convergence and Mixture of Experts. arXiv:2601.01475v1
 Here      data model, exact score MoLRMoG; the latent network MoGExperts (MoLRG: gauss); encoder,
           gate and decoder MoESubspaceDenoiser; Fig. 5 ExpertVAEs and --unified, one for all
-          1  log q_kl = log pi_kl + log N(z_k; s mu_kl, C_kl),  C = s^2 Sigma + g2 I
-          2  z_hat_k = sum_l softmax_l(log q_kl) [mu_kl + s Sigma C^-1 (z_k - s mu_kl)]
-          3  G_k = log w_k + log sum_l q_kl + |z_k|^2 / 2 g2 + d_k / 2 log(2 pi g2)
-          4  E[x0 | x] = c + s eta^2 / g2 (x - s c),  c = sum_k softmax_k(G) A_k z_hat_k
-          5  log p_t(x) = log sum_k exp(G_k) - |x|^2 / 2 g2 - D / 2 log(2 pi g2)
-          6  grad log p_t(x) = (s E[x0 | x] - x) / gamma^2  (Tweedie)
-Changed   derived anew, 1 to 6 are our numbers: the text was read only in part and in transcription,
-          where means are not lifted (A mu here) and two residuals are swapped. Covariances are
-          tau^2 I + V lam V^T, V^T V = I: with --rank 0 and so one tau an expert its network is
-          linear, softmax, linear; the default, rank 4, has quadratic logits. Noise eta off the
-          subspaces. How the paper trains is not known: EM, then a loss with weight 1 + 1 / sigma^2
-          on latents that are scaled to mean square 1, an expert at a time; images: s = 1 only (VE)
+          (1) log q_kl = log pi_kl + log N(z_k; s mu_kl, C_kl),  C = s^2 Sigma + g2 I
+          (2) z_hat_k = sum_l softmax_l(log q_kl) [mu_kl + s Sigma C^-1 (z_k - s mu_kl)]
+          (3) G_k = log w_k + log sum_l q_kl + |z_k|^2 / 2 g2 + d_k / 2 log(2 pi g2)
+          (4) E[x0 | x] = c + s eta^2 / g2 (x - s c),  c = sum_k softmax_k(G) A_k z_hat_k
+          (5) log p_t(x) = log sum_k exp(G_k) - |x|^2 / 2 g2 - D / 2 log(2 pi g2)
+          (6) grad log p_t(x) = (s E[x0 | x] - x) / gamma^2  (Tweedie)
+Changed   (1) to (6) are derived anew, numbers are ours: of the text a transcription was read, where
+          means are not lifted (A mu here) and two residuals are swapped. Covariances are tau^2 I +
+          V lam V^T, V^T V = I: with --rank 0, and so one tau an expert, its network is linear,
+          softmax, linear; the default, rank 4, has quadratic logits. Noise eta off the subspaces.
+          How the paper trains is not known: EM, then a loss of weight 1 + 1 / sigma^2, on latents
+          that each expert scales to mean square 1; images: s = 1 only (VE)
 Left out  a gate over VAEs (k is the label there); ImageNet, a fine-tuned VAE, LoRA; the bounds
 Notation  x0  data, (B, D)                      x      s x0 + gamma e, noisy
           A   bases of K subspaces, D x d_k     z      A^T x or a VAE's code, (B, K, d)
@@ -197,13 +197,13 @@ class MoGExperts(nn.Module):
         maha = u.square().sum(-1) / off - (p.square() * (1 / off[..., None] - 1 / along)).sum(-1)
         logdet = (self.dims[:, None] * (2 * math.pi * off).log()
                   + (along / off[..., None]).log().sum(-1))
-        log_q = self.logit_pi.log_softmax(1) - (maha + logdet) / 2  # u^T C^-1 u, log |2 pi C|; 1
+        log_q = self.logit_pi.log_softmax(1) - (maha + logdet) / 2  # u^T C^-1 u, log |2 pi C|: (1)
         gain = (s * tau2 / off)[..., None]  # s Sigma C^-1 off V
         more = s[..., None] * (tau2[..., None] + lam) / along - gain  # and along V
         return log_q, self.mu + gain * u + torch.einsum("bkmr,kmdr->bkmd", more * p, self.V)
     def forward(self, z, s, g2):  # (B, K, d), float or (B,) -> z_hat (B, K, d), log density (B, K)
         log_q, z_hat = self.modes(z, s, g2)
-        return (log_q.softmax(2)[..., None] * z_hat).sum(2), log_q.logsumexp(2)  # 2
+        return (log_q.softmax(2)[..., None] * z_hat).sum(2), log_q.logsumexp(2)  # (2)
 
 class MLPExperts(nn.Module):
     """K MLPs of two hidden layers, each added to the posterior mean of one Gaussian, which EM fits
@@ -228,17 +228,17 @@ class MLPExperts(nn.Module):
 
 class MoESubspaceDenoiser(nn.Module):
     """E[x0 | x]: projections, latent experts, exact gate, lifts; no skip connection if eta = 0.
-    A     (K, D, d), orthonormal columns, those beyond d_k zero    shares  w, (K,)
+    A     (K, D, d), orthonormal columns, those beyond d_k zero    w       (K,), sums to 1
     gate  soft: posterior | top1: most likely | label: given       eta     std off the subspaces"""
-    def __init__(self, A, experts, shares, eta=0.0, gate="soft", learn=False):
+    def __init__(self, A, experts, w, eta=0.0, gate="soft", learn=False):
         super().__init__()
         self.A, self.experts, self.gate = nn.Parameter(A, requires_grad=learn), experts, gate
-        self.logit_w = nn.Parameter(shares.log(), requires_grad=gate == "soft")
+        self.logit_w = nn.Parameter(w.log(), requires_grad=gate == "soft")
         self.eta2 = nn.Buffer(torch.tensor(eta**2, dtype=A.dtype, device=A.device))
     def gate_logits(self, z, log_density, g2):
         """Latent density times that of the noise which is orthogonal to A_k, in logs: (B, K)."""
         return (self.logit_w.log_softmax(0) + log_density + z.square().sum(-1) / (2 * g2)
-                + self.experts.dims / 2 * (2 * math.pi * g2).log())  # 3
+                + self.experts.dims / 2 * (2 * math.pi * g2).log())  # (3)
     def forward(self, x, s, gamma, y=None):  # (B, D), float or (B,), (B,) -> x0_hat, G (B, K)
         s, g2 = column(s, x, 2), column(gamma, x, 2)**2 + column(s, x, 2)**2 * self.eta2  # (B, 1)
         z = torch.einsum("bn,knd->bkd", x, self.A)
@@ -247,7 +247,7 @@ class MoESubspaceDenoiser(nn.Module):
         k = y if self.gate == "label" else G.argmax(1)
         share = G.softmax(1) if self.gate == "soft" else F.one_hot(k, z.shape[1]).to(z)
         c = torch.einsum("bkd,knd->bn", share[..., None] * z_hat, self.A)  # E[A z | x]
-        return c + s * self.eta2 / g2 * (x - s * c), G  # 4
+        return c + s * self.eta2 / g2 * (x - s * c), G  # (4)
 
 class MoLRMoG(MoESubspaceDenoiser):
     """Data sum_k w_k sum_l pi_kl N(A_k mu_kl, A_k U_kl U_kl^T A_k^T) + eta e: the exact network.
@@ -281,10 +281,10 @@ class MoLRMoG(MoESubspaceDenoiser):
         """log p_t of x (B, D), s and gamma floats: (B,)."""
         g2 = gamma**2 + s**2 * self.eta2
         normal = x.square().sum(1) / g2 + x.shape[1] * (2 * math.pi * g2).log()
-        return self(x, s, gamma)[1].logsumexp(1) - normal / 2  # 5
+        return self(x, s, gamma)[1].logsumexp(1) - normal / 2  # (5)
     def score(self, x, s, gamma):
         """grad log p_t, like x (B, D); s and gamma > 0 floats."""
-        return (s * self(x, s, gamma)[0] - x) / gamma**2  # 6
+        return (s * self(x, s, gamma)[0] - x) / gamma**2  # (6)
 
 class ExpertVAEs(nn.Module):
     """K convolutional VAEs side by side, each a group of channels; with K = 1 one for all."""
@@ -415,8 +415,8 @@ def build(cfg, K):
                MoGExperts(dims, 1 if gauss else cfg.modes, d if gauss else cfg.rank, gauss))
     if cfg.projection == "vae":
         return experts, ExpertVAEs(1 if cfg.unified else K, cfg.image_size, cfg.vae_channels, d)
-    A, shares = torch.eye(3 * cfg.image_size**2, d).repeat(K, 1, 1), torch.full((K,), 1 / K)
-    return MoESubspaceDenoiser(A, experts, shares, 0.0, cfg.gate, cfg.learn_subspaces), None
+    A, w = torch.eye(3 * cfg.image_size**2, d).repeat(K, 1, 1), torch.full((K,), 1 / K)
+    return MoESubspaceDenoiser(A, experts, w, 0.0, cfg.gate, cfg.learn_subspaces), None
 
 def count_parameters(model, vae):
     """Numbers in the score network, means of zero not counted, and with the VAEs: a dict."""
