@@ -187,23 +187,24 @@ class MoGExperts(nn.Module):
         self.V = nn.Parameter(torch.eye(d, rank).repeat(K, m, 1, 1))  # orthonormal columns
         self.log_lam = nn.Parameter(torch.zeros(K, m, rank))
     def modes(self, z, s, g2):
-        """log q of each mode, (B, K, m), and E[z0 | z, mode], (B, K, m, d); z (B, K, d)."""
+        """log q of each mode, (B, K, m), z (B, K, d); and what forward needs: z less the mean, its
+        coordinates along V, and the variances of C off V and along V."""
         s, g2 = column(s, z, 3), column(g2, z, 3)
-        tau2, lam = self.log_tau2.exp(), self.log_lam.exp()
         u = z[:, :, None] - s[..., None] * self.mu
-        p = torch.einsum("bkmd,kmdr->bkmr", u, self.V)  # coordinates of u along V
-        off = s**2 * tau2 + g2  # C off V, (B, K, m or 1)
-        along = off[..., None] + s[..., None]**2 * lam  # C along V, (B, K, m, r)
+        p = torch.einsum("bkmd,kmdr->bkmr", u, self.V)
+        off = s**2 * self.log_tau2.exp() + g2  # (B, K, m or 1)
+        along = off[..., None] + s[..., None]**2 * self.log_lam.exp()  # (B, K, m, r)
         maha = u.square().sum(-1) / off - (p.square() * (1 / off[..., None] - 1 / along)).sum(-1)
         logdet = (self.dims[:, None] * (2 * math.pi * off).log()
-                  + (along / off[..., None]).log().sum(-1))
-        log_q = self.logit_pi.log_softmax(1) - (maha + logdet) / 2  # u^T C^-1 u, log |2 pi C|: (1)
-        gain = (s * tau2 / off)[..., None]  # s Sigma C^-1 off V
-        more = s[..., None] * (tau2[..., None] + lam) / along - gain  # and along V
-        return log_q, self.mu + gain * u + torch.einsum("bkmr,kmdr->bkmd", more * p, self.V)
+                  + (along / off[..., None]).log().sum(-1))  # of 2 pi C; maha: u^T C^-1 u
+        return self.logit_pi.log_softmax(1) - (maha + logdet) / 2, u, p, off, along  # (1)
     def forward(self, z, s, g2):  # (B, K, d), float or (B,) -> z_hat (B, K, d), log density (B, K)
-        log_q, z_hat = self.modes(z, s, g2)
-        return (log_q.softmax(2)[..., None] * z_hat).sum(2), log_q.logsumexp(2)  # (2)
+        log_q, u, p, off, along = self.modes(z, s, g2)
+        s, tau2 = column(s, z, 4), self.log_tau2.exp()[..., None]
+        gain = s * tau2 / off[..., None]  # s Sigma C^-1 off V
+        more = s * (tau2 + self.log_lam.exp()) / along - gain  # and along V
+        mean = self.mu + gain * u + torch.einsum("bkmr,kmdr->bkmd", more * p, self.V)
+        return (log_q.softmax(2)[..., None] * mean).sum(2), log_q.logsumexp(2)  # (2)
 
 class MLPExperts(nn.Module):
     """K MLPs of two hidden layers, each added to the posterior mean of one Gaussian, which EM fits
@@ -331,13 +332,14 @@ def fit_em(experts, z, counts, eta=0.0, iterations=40, restarts=3, floor=1e-5):
     own = (torch.arange(len(z), device=z.device)[:, None] < counts).to(z)  # (N, K): not a repeat
     free, one_tau, best = isinstance(experts.mu, nn.Parameter), rank == 0, {}
     for _ in range(restarts if m > 1 else 1):
-        chance, centres = own, []
-        for _ in range(m):
+        chance, distance, mode = own, torch.full_like(own, math.inf), torch.zeros_like(own).long()
+        for l in range(m):
             index = torch.multinomial((chance + 1e-12 * own).T, 1)[:, 0]  # (K,)
-            centres.append(z[index, torch.arange(K, device=z.device)])
-            distance = (z[:, :, None] - torch.stack(centres, 1)).square().sum(-1)  # (N, K, so far)
-            chance = distance.amin(2) * own
-        share = F.one_hot(distance.argmin(2), m).to(z)  # of a point's modes, (N, K, m)
+            new = (z - z[index, torch.arange(K, device=z.device)]).square().sum(-1)  # (N, K)
+            mode = mode.masked_fill(new < distance, l)
+            distance = torch.minimum(distance, new)
+            chance = distance * own
+        share = F.one_hot(mode, m).to(z)  # of a point's modes, (N, K, m)
         for _ in range(iterations if m > 1 else 1):
             share = share * own[..., None]
             total = share.sum(0).clamp(min=1e-6)  # (K, m)
