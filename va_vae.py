@@ -59,12 +59,12 @@ class Config:
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the transformer, summed over all GPUs
-    steps: int = 1500  # optimizer steps of the transformer
+    steps: int = 3000  # optimizer steps of the transformer
     lr: float = 1e-3  # of the transformer: AdamW, betas (0.9, 0.95), no decay, constant
     ema_decay: float = 0.99  # of the transformer that is sampled
     log_every: int = 100  # steps between two lines in metrics.jsonl
-    save_every: int = 750  # steps between two checkpoints
-    sample_every: int = 750  # steps between two sample grids
+    save_every: int = 1500  # steps between two checkpoints
+    sample_every: int = 1500  # steps between two sample grids
     encoder: str = "assets/teacher.safetensors"  # frozen teacher: such a file, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -404,10 +404,10 @@ def adaptive_weight(reference, loss, weight, ceiling=1e4):
 
 def lightning_loss(net, x1, y, t):
     """(v_hat - v)^2, mean, and 1 - cos(v_hat, v) over channels, mean over positions. Scalars."""
-    x0, s = torch.randn_like(x1), t.view(-1, 1, 1, 1)
-    v = x1 - x0
-    v_hat = net(s * x1 + (1 - s) * x0, t, y).float()  # float32 again: only the net runs in bf16
-    u = v_hat / v_hat.norm(dim=1, keepdim=True).clamp(min=1)  # see Changed
+    x0, t_ = torch.randn_like(x1), t.view(-1, 1, 1, 1)
+    v, xt = x1 - x0, t_ * x1 + (1 - t_) * x0
+    v_hat = net(xt, t, y).float()  # float32 again: only the net runs in bf16
+    u = v_hat / v_hat.norm(dim=1, keepdim=True).clamp(min=0.1)  # see Changed
     return (v_hat - v).square().mean(), 1 - (u * F.normalize(v, dim=1)).sum(1).mean()
 
 def guided_velocity(net, z, t, y, guidance, channels=0):
@@ -543,6 +543,7 @@ def train(cfg):
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
     data, held_out = load_images(cfg, device, "train"), held_out_images(cfg, device)
     teacher = cfg.vf != "none" and load_encoder(cfg.encoder, grid_side(cfg)).to(device)
+    torch.manual_seed(cfg.seed)  # load_encoder drew numbers; plain or aligned, weights start alike
     model, tokenizer = build(cfg, data.classes, teacher.dim if teacher else 0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model, tokenizer = model.to(device), tokenizer.to(device, memory_format=layout)
