@@ -413,7 +413,7 @@ def draw_figure(report):
              "cv": ("density cv", "cv_gaussian", "normal numbers"),
              "fd": ("Fréchet distance of samples", "fd_floor", "real images")}
     names = [f"d {d} {kind}" for d in (dims[0], dims[-1]) for kind in ("plain", "VF")]
-    with figure(f"{report['path']}.png", 2, 4, (2.6, 2.2)) as axes:
+    with figure(f"{report['path']}.png", 2, 4, (2.3, 1.9)) as axes:
         for ax, (metric, (label, bound, what)) in zip(axes[0], shown.items()):
             for kind, colour in (("plain", "C0"), ("VF", "C1")):
                 runs = [values(report, "tokenizers", f"d {d} {kind}", metric) for d in dims]
@@ -425,12 +425,15 @@ def draw_figure(report):
             ax.set(xscale="log", xticks=dims, xticklabels=dims, xlabel="channels d", title=label)
             ax.minorticks_off()
             ax.legend(fontsize=6)
+            ax.tick_params(labelsize=7)
+            ax.xaxis.label.set_fontsize(7)
         for ax, name in zip(axes[1], names):
             path = arm_file(report, "tokenizers", name, SEEDS[0]).with_name("images.pt")
             rows = torch.load(path, weights_only=True).unflatten(0, (-1, 8))  # 4 rows of 8
-            ax.imshow(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))
+            picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+            ax.imshow(picture, interpolation="nearest")
             ax.set(xticks=[], yticks=[], title=name)
-            ax.set_ylabel("samples        held out", fontsize=7)
+            ax.set_ylabel("samples    held out", fontsize=6)
         for ax in axes.flat:
             ax.title.set_fontsize(8)
 
