@@ -20,6 +20,7 @@ from common import load_checkpoint, load_encoder, shapes
 from tests.claims import va_vae as claim
 
 ROOT = Path(script.__file__).parent
+GAN = "--image-size 24 --widths 4,4,8 --gan 0.5 --gan-start 2"
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 8 --steps 4
 --tokenizer-steps 4 --tokenizer-batch-size 8 --widths 4,8 --latent-dim 3 --dim 16 --depth 2
 --heads 2 --sampling-steps 2 --log-every 1 --save-every 2 --sample-every 4""".split()
@@ -441,7 +442,7 @@ def test_guidance_acts_from_its_start_on_and_on_the_first_channels():
 # ---- the script ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", ["", "--vf none", "--image-size 24 --gan 0.5 --gan-start 2"])
+@pytest.mark.parametrize("extra", ["", "--vf none", GAN])
 def test_both_stages_resume_bit_for_bit(extra, small_data, monkeypatch):
     flags = SMALL + extra.split()
 
@@ -484,7 +485,7 @@ def trained(folder, part="model"):
 
 def test_discriminator_begins_at_its_step_and_takes_no_gradient_of_the_generator(
         small_data, monkeypatch):
-    flags = SMALL + "--image-size 24 --vf none --tokenizer-steps 2 --steps 1".split()
+    flags = SMALL + "--image-size 24 --widths 4,4,8 --vf none --tokenizer-steps 2 --steps 1".split()
     monkeypatch.setattr(script, "channel_statistics", lambda *a: None)
     monkeypatch.setattr(script, "draw", lambda *a: torch.zeros(80, 3, 24, 24))
     script.main(flags + ["--out", "without"])
@@ -529,9 +530,9 @@ def test_tokenizer_descends_the_weighted_sum_of_its_losses(small_data, monkeypat
 
     for stand_in in (vf_loss, adaptive_weight, hinge_generator, train_tokenizer, ema_update):
         monkeypatch.setattr(script, stand_in.__name__, stand_in)
-    flags = """--image-size 24 --tokenizer-steps 6 --vf mcos --vf-stages 1,1,1 --w-hyper 0.5,0.2,0.1
---m1 0.05,0.1,0.5 --m2 0.01,0.2,0.25 --kl 0.1 --gan 0.7 --gan-start 4 --tokenizer-ema 0.5
---tokenizer-lr 0.003 --out run""".split()
+    flags = """--image-size 24 --widths 4,4,8 --tokenizer-steps 6 --vf mcos --vf-stages 1,1,1
+--w-hyper 0.5,0.2,0.1 --m1 0.05,0.1,0.5 --m2 0.01,0.2,0.25 --kl 0.1 --gan 0.7 --gan-start 4
+--tokenizer-ema 0.5 --tokenizer-lr 0.003 --out run""".split()
     with pytest.raises(Enough):
         script.main(SMALL + flags)
     lines = [json.loads(s) for s in Path("run/tokenizer/metrics.jsonl").read_text().splitlines()]
