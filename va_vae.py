@@ -5,15 +5,15 @@ Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Di
           Rombach et al. Latent Diffusion Models. arXiv:2112.10752v2 (LDM: the tokenizer)
 Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight: train_tokenizer;
           LightningDiT, its direction loss lightning_loss, shift and interval sample_euler: train
-Changed   latents are sampled anew from the images at each step, not stored once, and measured with
-          mirrored images where flip is on; the teacher has its own mean and std and antialiased
-          images (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction loss: else
-          the gradient at the start, v_hat = 0, is 1e8, and Adam takes 900 steps to forget; guidance
-          on all channels (code: 3); the stages of the VF loss are one run of Adam and of the
-          discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms have fewer than
-          32 groups; bfloat16 in the tokenizer, too; BatchNorm without averages; rotation of
-          channels (i, i + D / 2). By default L1 alone, no LPIPS, no GAN: VGG is a download, the
-          classifier here judges, and the teacher's features would train a plain tokenizer, too
+Changed   latents are sampled anew from the images at each step, not stored once; where flip is on,
+          channel_statistics sees mirrored images, too; the teacher has its own mean and std and
+          antialiased images (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
+          loss: else the gradient at the start, v_hat = 0, is 1e8, and Adam takes 900 steps to
+          forget; guidance on all channels (code: 3); the stages of the VF loss are one run, with
+          one Adam and one discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms
+          have fewer than 32 groups; bfloat16 in the tokenizer, too; BatchNorm without averages;
+          rotation of channels (i, i + D / 2). Default: L1, no LPIPS (VGG is a download, the
+          classifier here judges, the teacher would train a plain tokenizer, too), no GAN
 Left out  projection of the teacher to the latent (not its default); the output variance that LDM's
           optimizer does not hold; dopri5; uniform t late in 800 epochs; teachers SAM and CLIP
 Notation  x   image, (B, 3, S, S) in [-1, 1]         z   latent, (B, d, h, w); *_hat  by a network
@@ -333,7 +333,7 @@ def position_table(side, dim):
 
 class LightningDiT(nn.Module):
     """DiT with RMSNorm, SwiGLU, rotary positions, adaLN-Zero; one token a position of the latent.
-    xt, t and y -> v_hat, which is zero at initialisation."""
+    xt, t and y -> v_hat, zero at initialisation. Takes the norms of q and k out of Attention."""
     def __init__(self, side, latent_dim, classes, dim, depth, heads):
         super().__init__()
         self.side, self.classes = side, classes
