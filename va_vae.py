@@ -3,26 +3,26 @@
 Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Dilemma in Latent
           Diffusion Models. arXiv:2501.01423v3 (VA-VAE, LightningDiT)
           Rombach et al. Latent Diffusion Models. arXiv:2112.10752v2 (LDM: the tokenizer)
-Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight; both stages
-          train_tokenizer and train; LightningDiT, with velocity direction loss lightning_loss;
-          timestep shift and guidance interval sample_euler
-Changed   latents are sampled anew from the images at each step, not stored once; the teacher has
-          its own mean and std and antialiased images (code: [-1, 1], not); |v_hat| counts as at
-          least 1 in the direction loss: the gradient at the zero output of the start would be 1e8,
-          and Adam's second moment takes 900 steps to forget it; guidance on all channels (code: the
-          first 3, hence its scales); bfloat16 in the tokenizer, too; BatchNorm without averages;
-          rotation of channels (i, i + D / 2). By default L1 alone reconstructs, no LPIPS, no GAN:
-          VGG is a download, the one small classifier here judges samples, and features of the
-          teacher would train a plain tokenizer, too
+Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight: train_tokenizer;
+          LightningDiT, its direction loss lightning_loss, shift and interval sample_euler: train
+Changed   latents are sampled anew from the images at each step, not stored once; where flip is on,
+          channel_statistics sees mirrored images, too; the teacher has its own mean and std and
+          antialiased images (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
+          loss: else the gradient at the start, v_hat = 0, is 1e8, and Adam takes 900 steps to
+          forget; guidance on all channels (code: 3); the stages of the VF loss are one run, with
+          one Adam and one discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms
+          have fewer than 32 groups; bfloat16 in the tokenizer, too; BatchNorm without averages;
+          rotation of channels (i, i + D / 2). Default: L1, no LPIPS (VGG is a download, the
+          classifier here judges, the teacher would train a plain tokenizer, too), no GAN
 Left out  projection of the teacher to the latent (not its default); the output variance that LDM's
           optimizer does not hold; dopri5; uniform t late in 800 epochs; teachers SAM and CLIP
-Notation  x    image, (B, 3, S, S) in [-1, 1]        z   latent, (B, d, h, w); *_hat  by a network
-          f    teacher's tokens, (B, N, D), N = h w  z'  W z, as tokens: (B, N, D)
-          x0   noise, like the latent                t   0 = noise ... 1 = data, float32 (B,)
-          x1   latent, normalised by channel         v   x1 - x0, the velocity
-          y    class, int64 (B,); `classes` = no class
+Notation  x   image, (B, 3, S, S) in [-1, 1]         z   latent, (B, d, h, w); *_hat  by a network
+          f   teacher's tokens, (B, N, D_f), N = h w z_prime  W z, as tokens (B, N, D_f)
+          x0  noise, like the latent                 t   0 = noise ... 1 = data, float32 (B,)
+          x1  latent, normalised by channel          xt  between them, at t; v  the velocity
+          y   class, int64 (B,); `classes` = none    D   width of the transformer
 Run       python va_vae.py                        # not measured
-          python va_vae.py --preset cifar10       # not measured
+          python va_vae.py --preset cifar10       # not measured; its teacher first: see PRESETS
           torchrun --nproc-per-node 8 va_vae.py --preset paper --data <folder>        # not measured
 """
 import copy
@@ -59,12 +59,12 @@ class Config:
     flip: bool = False  # mirror half of the images
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the transformer, summed over all GPUs
-    steps: int = 1500  # optimizer steps of the transformer
+    steps: int = 3000  # optimizer steps of the transformer
     lr: float = 1e-3  # of the transformer: AdamW, betas (0.9, 0.95), no decay, constant
     ema_decay: float = 0.99  # of the transformer that is sampled
     log_every: int = 100  # steps between two lines in metrics.jsonl
-    save_every: int = 750  # steps between two checkpoints
-    sample_every: int = 750  # steps between two sample grids
+    save_every: int = 1500  # steps between two checkpoints
+    sample_every: int = 1500  # steps between two sample grids
     encoder: str = "assets/teacher.safetensors"  # frozen teacher: such a file, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -97,14 +97,14 @@ class Config:
     def __post_init__(self):
         widths, S, heads = numbers(self.widths), self.image_size, max(1, self.heads)
         lists = [numbers(text) for text in (self.vf_stages, self.w_hyper, self.m1, self.m2)]
-        decays, counts = (self.ema_decay, self.tokenizer_ema), (self.latent_dim, self.blocks)
-        counts += self.heads, self.dim, self.depth, self.sampling_steps, self.tokenizer_steps
         for ok, message in (
-                (min(*counts, self.tokenizer_batch_size) > 0,
+                (min(self.latent_dim, self.blocks, self.dim, self.depth, self.heads,
+                     self.sampling_steps, self.tokenizer_steps, self.tokenizer_batch_size) > 0,
                  "latent_dim, blocks, dim, depth, heads, all steps, batch sizes: at least 1"),
                 (0 <= min(self.lr, self.kl, self.tokenizer_lr, self.gan, self.guidance) < math.inf,
                  "lr, kl, tokenizer_lr, gan and guidance must not be negative"),
-                (0 <= min(decays) <= max(decays) < 1, "ema_decay, tokenizer_ema must be in [0, 1)"),
+                (0 <= self.ema_decay < 1 > self.tokenizer_ema >= 0, "need 0 <= tokenizer_ema < 1 "
+                 "and 0 <= ema_decay < 1"),
                 (widths and all(w > 0 == w % 4 for w in widths), "widths: multiples of 4"),
                 (S % 2 ** (len(widths) - 1) == 0 and S >= 24 * (self.gan > 0),
                  f"image_size {S}: divisible by 2 for every width but one; with gan at least 24"),
@@ -125,10 +125,11 @@ PAPER = dict(  # f16d32, DINOv2-L, LightningDiT-XL/1 on ImageNet 256, 64 epochs;
     tokenizer_ema=0.0, perceptual="lpips", gan=0.5, vf_stages="100,15,15", dim=1152, depth=28,
     heads=16, sampling_steps=249, guidance=10.0, guidance_channels=3)
 PRESETS = {
-    "cifar10": dict(  # wants a teacher of its own, or timm's: the file in assets knows shapes
+    "cifar10": dict(  # simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
         compile="auto", data="torch/cifar10", image_size=32, flip=True, batch_size=256, lr=5e-4,
-        steps=20_000, sample_every=5000, widths="64,128,256", blocks=2, gan=0.5, dim=384, depth=12,
-        heads=6, tokenizer_steps=10_000, tokenizer_batch_size=128, tokenizer_lr=3e-4),
+        steps=20_000, sample_every=5000, encoder="runs/teacher-cifar10/teacher.safetensors",
+        widths="64,128,256", blocks=2, gan=0.5, dim=384, depth=12, heads=6, tokenizer_steps=10_000,
+        tokenizer_batch_size=128, tokenizer_lr=3e-4),
     "paper": PAPER,
     "paper-b": PAPER | dict(  # Tab. 2: LightningDiT-B, 160 epochs; tokenizer 50; dopri5
         steps=200_000, tokenizer_steps=250_000, vf_stages="1", w_hyper="0.1", m1="0.5", m2="0.25",
@@ -199,8 +200,7 @@ def conv_decoder(latent_dim, widths, blocks):
     return nn.Sequential(*layers, norm(c), nn.SiLU(), conv_out)
 
 class Tokenizer(nn.Module):
-    """KL autoencoder of LDM, and the projection W to the teacher's width. In encode and decode the
-    latents have mean 0 and variance 1 in each channel, by shift and scale; in forward not."""
+    """KL autoencoder of LDM, and W of Eq. 1. encode and decode normalise channels, forward not."""
     def __init__(self, latent_dim, widths, blocks, teacher_dim=0):
         super().__init__()
         self.encoder = conv_encoder(latent_dim, widths, blocks)
@@ -214,7 +214,7 @@ class Tokenizer(nn.Module):
         log_var = log_var.clamp(-30, 20)
         return mean, log_var, mean + (log_var / 2).exp() * torch.randn_like(mean)
     def forward(self, x):
-        """x_hat, like x; KL(q(z | x) | N(0, 1)), a sum, mean over the batch; z' or None."""
+        """x_hat, like x; KL(q(z | x) | N(0, 1)), a sum, mean over the batch; z_prime or None."""
         mean, log_var, z = self.posterior(x)
         kl = (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean() / 2
         z_prime = self.project(z).float().flatten(2).mT if self.project else None  # Eq. 1
@@ -333,7 +333,7 @@ def position_table(side, dim):
 
 class LightningDiT(nn.Module):
     """DiT with RMSNorm, SwiGLU, rotary positions, adaLN-Zero; one token a position of the latent.
-    Noisy latent, time and class -> velocity; zero at initialisation."""
+    xt, t and y -> v_hat, zero at initialisation. Takes the norms of q and k out of Attention."""
     def __init__(self, side, latent_dim, classes, dim, depth, heads):
         super().__init__()
         self.side, self.classes = side, classes
@@ -341,7 +341,7 @@ class LightningDiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(classes + 1, dim)  # the last one: no class
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        for block in self.blocks:  # not normalised in the paper; after 200k steps some users do
+        for block in self.blocks:  # no norms of q and k in the paper; long runs may need them
             block.attention.q_norm = block.attention.k_norm = nn.Identity()
         self.norm, self.modulation = RMSNorm(dim), nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, latent_dim)
@@ -355,14 +355,14 @@ class LightningDiT(nn.Module):
             nn.init.normal_(weight, std=0.02)
         for module in (*[block.modulation for block in self.blocks], self.modulation, self.head):
             nn.init.zeros_(module.weight)
-    def forward(self, z, t, y):  # (B, d, h, w), (B,), (B,) -> (B, d, h, w)
+    def forward(self, xt, t, y):  # (B, d, h, w), (B,), (B,) -> (B, d, h, w)
         c = F.silu(self.time(time_features(t)) + self.label(y))  # (B, D); t is not scaled
-        h = self.embed(rearrange(z, "b c h w -> b (h w) c")) + self.position
+        tokens = self.embed(rearrange(xt, "b d h w -> b (h w) d")) + self.position  # (B, N, D)
         for block in self.blocks:
-            h = block(h, c, self.rotary)
+            tokens = block(tokens, c, self.rotary)
         shift, scale = self.modulation(c)[:, None].chunk(2, -1)
-        h = self.head(self.norm(h) * (1 + scale) + shift)
-        return rearrange(h, "b (h w) c -> b c h w", h=self.side)
+        tokens = self.head(self.norm(tokens) * (1 + scale) + shift)
+        return rearrange(tokens, "b (h w) d -> b d h w", h=self.side)
 
 # ---- method ----------------------------------------------------------------------------
 
@@ -377,10 +377,10 @@ def reconstruction_loss(x_hat, x, lpips=None):
     error = (x_hat - x).abs() + (lpips(x_hat, x) if lpips else 0)
     return error.flatten(1).sum(1).mean()
 
-def vf_loss(z, f, m1, m2, terms="both"):
-    """mcos + mdms, or one of them, of z' and f (B, N, D): cosines of positions i, j of one image to
+def vf_loss(z_prime, f, m1, m2, terms="both"):
+    """mcos + mdms, or one of them, of tokens (B, N, D_f): cosines of positions i, j of one image to
     the teacher's and among each other, less margins. Scalar; outside autocast, in float32."""
-    z, f = F.normalize(z, dim=-1), F.normalize(f, dim=-1)
+    z, f = F.normalize(z_prime, dim=-1), F.normalize(f, dim=-1)
     mcos = F.relu(1 - m1 - (z * f).sum(-1)).mean()  # Eq. 2, mean over i
     mdms = F.relu((z @ z.mT - f @ f.mT).abs() - m2).mean()  # Eq. 3, mean over i and j
     return {"both": mcos + mdms, "mcos": mcos, "mdms": mdms}[terms]
@@ -404,30 +404,31 @@ def adaptive_weight(reference, loss, weight, ceiling=1e4):
 
 def lightning_loss(net, x1, y, t):
     """(v_hat - v)^2, mean, and 1 - cos(v_hat, v) over channels, mean over positions. Scalars."""
-    x0, s = torch.randn_like(x1), t.view(-1, 1, 1, 1)
+    x0, t = torch.randn_like(x1), t.view(-1, 1, 1, 1)
+    xt = t * x1 + (1 - t) * x0
     v = x1 - x0
-    v_hat = net(s * x1 + (1 - s) * x0, t, y).float()  # float32 again: only the net runs in bf16
-    u = v_hat / v_hat.norm(dim=1, keepdim=True).clamp(min=1)  # see Changed
+    v_hat = net(xt, t.flatten(), y).float()  # float32 again: only the net runs in bf16
+    u = v_hat / v_hat.norm(dim=1, keepdim=True).clamp(min=0.1)  # see Changed
     return (v_hat - v).square().mean(), 1 - (u * F.normalize(v, dim=1)).sum(1).mean()
 
-def guided_velocity(net, z, t, y, guidance, channels=0):
-    """v_null + w (v_y - v_null) in the first channels (0: all), v_y in the others."""
+def guided_velocity(net, xt, t, y, guidance, channels=0):
+    """v_null + guidance (v_y - v_null) in the first channels (0: all), v_y in the others."""
     if guidance == 1:
-        return net(z, t, y).float()
+        return net(xt, t, y).float()
     both = torch.cat([y, torch.full_like(y, net.classes)])
-    v, v_null = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-    k = channels or z.shape[1]
+    v, v_null = net(xt.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+    k = channels or xt.shape[1]
     return torch.cat([(v_null + guidance * (v - v_null))[:, :k], v[:, k:]], 1)
 
 @torch.no_grad()
 def sample_euler(net, noise, y, sampling_steps=249, shift=0.3, guidance=1.0, low=0.0, channels=0):
-    """dz/dt = v from t = 0 to 1 by Euler steps between shifted times. Like noise, float32."""
-    t = torch.linspace(0, 1, sampling_steps + 1, dtype=torch.float64)
-    z, times = noise, (shift * t / (1 + (shift - 1) * t)).tolist()
+    """dxt/dt = v from t = 0 to 1 by Euler steps between shifted times. Like noise, float32."""
+    u = torch.linspace(0, 1, sampling_steps + 1, dtype=torch.float64)
+    xt, times = noise, (shift * u / (1 + (shift - 1) * u)).tolist()
     for t, t_next in zip(times, times[1:]):
-        w = guidance if t >= low else 1.0
-        z = z + (t_next - t) * guided_velocity(net, z, z.new_full((len(z),), t), y, w, channels)
-    return z
+        g = guidance if t >= low else 1.0
+        xt = xt + (t_next - t) * guided_velocity(net, xt, xt.new_full((len(y),), t), y, g, channels)
+    return xt
 
 # ---- train -----------------------------------------------------------------------------
 
@@ -443,8 +444,7 @@ def build(cfg, classes, teacher_dim=0):
 def vf_setting(cfg, step):
     """w_hyper, m1 and m2 at a step of the tokenizer: floats of the stage it falls into."""
     lengths = numbers(cfg.vf_stages)
-    done = step / cfg.steps * sum(lengths)
-    stage = sum(done >= sum(lengths[:i]) for i in range(1, len(lengths)))
+    stage = sum(step * sum(lengths) >= cfg.steps * sum(lengths[:i]) for i in range(1, len(lengths)))
     return [numbers(text)[stage] for text in (cfg.w_hyper, cfg.m1, cfg.m2)]
 
 @torch.no_grad()
@@ -476,23 +476,24 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
         with autocast(cfg, device):
-            x_hat, kl, z = net(x)
+            x_hat, kl, z_prime = net(x)
         rec = reconstruction_loss(x_hat, x, lpips)
         loss, values = rec + cfg.kl * kl, {"rec": rec / x[0].numel(), "kl": kl}
         if teacher:
             with torch.no_grad(), autocast(cfg, device):
-                f = teacher(x).float()  # (B, N, D)
+                f = teacher(x).float()  # (B, N, D_f)
             w_hyper, m1, m2 = vf_setting(cfg, step)
-            vf = vf_loss(z, f, m1, m2, cfg.vf)
-            w = w_hyper * adaptive_weight(rec, vf, model.encoder[-2].weight, ceiling=1e8)
-            loss = loss + w * vf
-            values |= {"vf": vf, "w_vf": w, "cos": F.cosine_similarity(z, f, dim=-1).mean()}
+            vf = vf_loss(z_prime, f, m1, m2, cfg.vf)  # mcos + mdms
+            w_adapt = adaptive_weight(rec, vf, model.encoder[-2].weight, ceiling=1e8)
+            loss = loss + w_hyper * w_adapt * vf  # L_VF
+            values |= {"vf": vf, "w_vf": w_hyper * w_adapt}
+            values["cos"] = F.cosine_similarity(z_prime, f, dim=-1).mean()
         if cfg.gan and step + 1 >= cfg.gan_start:
             critic.requires_grad_(False)
             with autocast(cfg, device):
                 adversarial = hinge_generator(critic(x_hat))
-            w = cfg.gan * adaptive_weight(rec, adversarial, model.decoder[-1].weight)
-            loss = loss + w * adversarial
+            w_gan = adaptive_weight(rec, adversarial, model.decoder[-1].weight)
+            loss = loss + cfg.gan * w_gan * adversarial
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         opt.step()
@@ -507,8 +508,8 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
             seen, psnr["psnr"] = reconstruct(ema, held_out, cfg, device)
-            both = torch.cat([held_out[:8], seen[:8]])
-            save_grid(both, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
+            save_grid(torch.cat([held_out[:8], seen[:8]]),
+                      f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
         log(cfg, state, step, loss=loss, grad_norm=grad_norm, **values, **psnr)
     ema.project = None  # only the VF loss needs it
     return ema
@@ -521,8 +522,7 @@ def channel_statistics(tokenizer, data, cfg, device, n=10_000):
     with autocast(cfg, device):
         z = torch.cat([tokenizer.encode(batch(data, cfg, device, i)[0]) for i in range(count)])
     moments = torch.stack([z, z.square()]).mean((1, 3, 4)) / WORLD  # (2, d)
-    if WORLD > 1:
-        dist.all_reduce(moments)
+    dist.all_reduce(moments) if WORLD > 1 else None
     mean, square = moments[:, :, None, None]
     tokenizer.shift.copy_(mean)
     tokenizer.scale.copy_((square - mean.square()).sqrt())
@@ -533,9 +533,9 @@ def draw(net, tokenizer, y, cfg, device, generator):
     """Samples of classes y (B,), float32 (B, 3, S, S) in [-1, 1]; noise comes from generator."""
     noise = torch.randn(len(y), cfg.latent_dim, net.side, net.side, generator=generator).to(device)
     with autocast(cfg, device):
-        z = sample_euler(net, noise, y.to(device), cfg.sampling_steps, cfg.shift, cfg.guidance,
-                         cfg.guidance_low, cfg.guidance_channels)
-        return tokenizer.decode(z).clamp(-1, 1)
+        x1 = sample_euler(net, noise, y.to(device), cfg.sampling_steps, cfg.shift, cfg.guidance,
+                          cfg.guidance_low, cfg.guidance_channels)
+        return tokenizer.decode(x1).clamp(-1, 1)
 
 def train(cfg):
     device = setup(cfg)
@@ -543,6 +543,7 @@ def train(cfg):
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
     data, held_out = load_images(cfg, device, "train"), held_out_images(cfg, device)
     teacher = cfg.vf != "none" and load_encoder(cfg.encoder, grid_side(cfg)).to(device)
+    torch.manual_seed(cfg.seed)  # load_encoder drew numbers; plain or aligned, weights start alike
     model, tokenizer = build(cfg, data.classes, teacher.dim if teacher else 0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model, tokenizer = model.to(device), tokenizer.to(device, memory_format=layout)
@@ -559,8 +560,7 @@ def train(cfg):
         y = torch.where(torch.rand(len(y), device=device) < 0.1, data.classes, y)
         t = torch.randn(len(y), device=device).sigmoid()  # logit-normal
         with autocast(cfg, device):
-            with torch.no_grad():
-                x1 = tokenizer.encode(x)  # (B, d, h, w)
+            x1 = tokenizer.encode(x)  # (B, d, h, w); its parameters take no gradient
             mse, direction = lightning_loss(net, x1, y, t)
         (mse + direction).backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
