@@ -37,6 +37,11 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "planner": "position: Euler 32 | t 0.2-0.4 K 5",
         "modes": "entropy: Euler | 0.4-0.6:1 | 0.4-0.6:3 | 0.4-0.6:8 | 0-1:3",
         "frames": "change: T 1, t 0.2 | T 16, t 0.2 | T 1, t 0.4 | T 16, t 0.4"},
+    "va_vae": {
+        "reconstruction": "tokenizers/psnr: d 4 plain | d 32 plain",
+        "alignment": "tokenizers/psnr: d 32 plain | d 32 VF",
+        "probe": "tokenizers/probe: d 32 plain | d 32 VF",
+        "uniformity": "tokenizers/cv: d 32 plain | d 32 VF"},
     "repa": {
         "teacher": "probe: teacher | random | pixels",
         "probe": "arms/probe: vanilla | REPA | iREPA | random | shuffled",
