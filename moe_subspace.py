@@ -25,7 +25,7 @@ Notation  x0  data, (B, D)                      x      s x0 + gamma e, noisy
           U   any root of Sigma = U U^T         d      d_k, or the largest: the rest is zeros
           g2  gamma^2 + s^2 eta^2               sigma  gamma / s: falls from noise to data
           *_hat  posterior mean
-Run       python moe_subspace.py                                        # not measured
+Run       python moe_subspace.py      # accuracy 0.867 of the judge, 73 s, 1 CPU core, busy
           python moe_subspace.py --preset cifar10                       # not measured
           torchrun --nproc-per-node 4 moe_subspace.py --preset cifar10  # not measured
 """
