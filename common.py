@@ -392,7 +392,8 @@ def save_checkpoint(path, entries):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         new.unlink(missing_ok=True)
-        fail(f"cannot save {path}, which stays as it was: {error}")
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        fail(f"cannot save {path}, which stays as it was: {reason}")
 
 def start_run(cfg, state):
     """Make or continue the run folder: fills `state` from last.pt, returns the first step to do."""
@@ -442,7 +443,7 @@ def steps(cfg, state):
             if WORLD > 1:
                 dist.all_reduce(stop, dist.ReduceOp.MAX)  # every rank leaves after the same step
             if stop or due(cfg, cfg.save_every, step):
-                check_finite(cfg, state, step)
+                state["log"] = check_finite(cfg, state, step)  # the ranks' mean, the same on all
                 entries = {k: getattr(v, "state_dict", lambda: v)() for k, v in state.items()}
                 if RANK == 0:
                     entries |= {"step": step + 1, "config": vars(cfg)}

@@ -223,7 +223,7 @@ def effective_rank(z):
 
     z (B, d), of one rank. A few directions that all outputs share give a few, whatever their std.
     """
-    unit = F.normalize(z.detach().cpu().double())
+    unit = F.normalize(z.detach().cpu().double()).nan_to_num()  # svdvals raises; log tells of NaN
     spectrum = torch.linalg.svdvals(unit - unit.mean(0)).square()
     share = spectrum / spectrum.sum().clamp(min=1e-30)
     return torch.special.entr(share).sum().exp().item()
@@ -359,12 +359,10 @@ def train(cfg):
         if due(cfg, cfg.sample_every, step):
             path = f"{cfg.out}/samples_{step + 1:07d}.png"
             result = measure(model, data, held_out, cfg, device, path, n=10)
+            save_teacher(model.backbone, cfg, result)  # before the checkpoint: a kill redoes both
         rank = effective_rank(z) if due(cfg, cfg.log_every, step) else 0  # of this batch
         log(cfg, state, step, loss=loss, std=embedding_std(z), effective_rank=rank, lr=lr,
             grad_norm=grad_norm, **result)
-
-    if result:  # else the run was finished before: --sample writes it again
-        save_teacher(model.backbone, cfg, result)
 
 def sample(cfg):
     """Measure cfg.sample, draw cfg.n held-out images with their neighbours, write the teacher."""
