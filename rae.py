@@ -2,18 +2,20 @@
 
 Paper     Zheng, Ma, Tong, Xie. Diffusion Transformers with Representation Autoencoders.
           arXiv:2510.11690v1 (RAE)
-Here      autoencoder: common.load_encoder, ViTDecoder, noisy_tokens, train_decoder; DiT and, with
-          a wide head, DiT^DH: DiTDH; flow: shift_time, latent_flow_loss, euler_ode, guided_flow
+Here      decoder of f + sigma e, sigma ~ |N(0, tau^2)|: ViTDecoder, noisy_tokens; its loss L1 +
+          LPIPS + w_gan L_G: train_decoder, adaptive_weight; DiT, with the wide head DiT^DH: DiTDH;
+          |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time;
+          alpha = sqrt(N n / 4096): shift_factor; Euler steps: euler_ode; AutoGuidance: guided_flow;
+          error at least 1 - d / n of a transformer of width d < n: tests/claims/rae.py
 Changed   queries and keys are normalised (paper: not), rotary embedding turns the channels (i, i +
-          D / 2), a renaming; all linear maps start as Xavier's; one SiLU, not two, before the base
-          blocks of DiT^DH; mean and variance of latents per channel (released: per position, too,
-          without mean for DINOv2-B); t is not cut at 0.999, and 50 Euler steps end at t = 0 (code:
-          49, at 0.0069). Decoder: output in [-1, 1], not in the encoder's units; PatchGAN as the
-          discriminator; 1e-4 for 1e-6 in the adaptive weight; centre squares, not random crops. By
-          default L1 is its only loss, no LPIPS and no GAN: VGG needs a download, and the one small
-          classifier here is the judge of samples
-Left out  the discriminator's trained heads on a frozen DINO-S/8, and DiffAug; the decoder that
-          upsamples; 512 pixels
+          D / 2), a renaming; linear maps start as Xavier's; one SiLU, not two, before the blocks of
+          DiT^DH; LayerNorm of tokens with 1e-5 (DINOv2: 1e-6); mean and variance of latents per
+          channel (released: per position, no mean); alpha < 1 allowed; t not cut at 0.999, its law
+          logit-normal (first code: uniform), Euler ends at 0 (code: 0.0069). Decoder: AdamW, 0.9,
+          0.95 (paper: Adam, 0.5, 0.9), extra token from N(0, 0.02^2) (0), output in [-1, 1], not
+          the encoder's units, PatchGAN, 1e-4 for 1e-6 in the adaptive weight, centre squares, no
+          random crops; no LPIPS and GAN by default: VGG is a download
+Left out  the discriminator's heads on a frozen DINO-S/8, DiffAug; upsampling decoder; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
           eps  noise like z                           t      0 = data ... 1 = noise, float32 (B,)
@@ -49,7 +51,7 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where fast; authors: fp32 is safer
-    compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
+    compile: str = "auto"  # auto | on | off; auto: CUDA, or Linux with g++; a decoder with gan: off
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 32  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images, in the last stage only
@@ -133,8 +135,7 @@ PRESETS = {
         decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998, decoder_dim=384,
         decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
     "paper": PAPER,
-    "paper-s": SHARED | dict(  # DiT^DH-S, 14 epochs: the weak network of the best FID, 1.13
-        steps=17_514, dim=384, depth=12, heads=6),
+    "paper-s": SHARED | dict(steps=17_514, dim=384, depth=12, heads=6),  # DiT^DH-S, the weak one
     "paper-dit": SHARED | dict(head_depth=0),  # DiT-XL
 }
 SAMPLING = ("sampling_steps", "guidance", "weak")
@@ -148,11 +149,12 @@ def class_rows(classes, columns=8):
     """Classes y of a grid of samples, a row each, ten at most: int64 (rows * columns,)."""
     return torch.arange(min(classes, 10)).repeat_interleave(columns)
 
-def held_out_images(cfg, device, n=256):
-    """Up to n images that are not trained on, float32 (n, 3, S, S), the same ones every time."""
+def unseen_images(cfg, device, count=256):
+    """This rank's part of at most count images that are not trained on, float32 (B, 3, S, S)."""
+    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=count // WORLD * WORLD)
     data = load_images(cfg, device, "validation")
-    size = max(1, min(n, data.size) // WORLD) * WORLD
-    return batch(data, dataclasses.replace(cfg, flip=False, batch_size=size), device, 0)[0]
+    size = max(1, min(count, data.size) // WORLD) * WORLD
+    return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
 # ---- model -----------------------------------------------------------------------------
 
@@ -230,8 +232,8 @@ class Block(nn.Module):
 
 class TokenBlock(Block):
     """Block of the wide head: its shifts, scales and gates differ from token to token."""
-    def forward(self, x, s, table):  # (B, N, D), (B, N, D), (2, N, D / heads / 2) -> (B, N, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(s).chunk(6, -1)
+    def forward(self, x, c, table):  # (B, N, D), (B, N, D), (2, N, D / heads / 2) -> (B, N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, table)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -373,10 +375,10 @@ def shift_time(t, alpha):
     """alpha t / (1 + (alpha - 1) t), which multiplies the odds t / (1 - t) by alpha."""
     return alpha * t / (1 + (alpha - 1) * t)
 
-def flow_time(n, law, alpha, device):
-    """t (n,) in [0, 1], shifted: of U(0, 1) or the logistic function of N(0, 1)."""
+def flow_time(size, law, alpha, device):
+    """t (B,) in [0, 1], B = size, shifted: of U(0, 1) or the logistic function of N(0, 1)."""
     uniform = law == "uniform"
-    t = torch.rand(n, device=device) if uniform else torch.randn(n, device=device).sigmoid()
+    t = torch.rand(size, device=device) if uniform else torch.randn(size, device=device).sigmoid()
     return shift_time(t, alpha)
 
 def latent_flow_loss(net, z, y, t):
@@ -431,7 +433,7 @@ def latent_statistics(encoder, data, cfg, device, images=10_000):
 
 @torch.no_grad()
 def draw(net, weak, latents, y, cfg, device, generator):
-    """Tokens (B, N, n) of classes y (B,), as the decoder takes them; noise comes from generator."""
+    """Tokens (B, N, n) of classes y (B,), of mean and deviation latents (2, n)."""
     mean, std = latents
     shape = len(y), (cfg.image_size // cfg.patch)**2, len(mean)
     noise, y = torch.randn(shape, generator=generator).to(device), y.to(device)
@@ -448,7 +450,7 @@ def decode(decoder, f, cfg, device):
 
 @torch.no_grad()
 def round_trip(encoder, decoder, x, cfg, device):
-    """x_hat of images x (n, 3, S, S), encoded and decoded, and its PSNR in dB, mean over n."""
+    """x_hat of images x (B, 3, S, S), encoded and decoded, and its PSNR in dB, mean over B."""
     with autocast(cfg, device):
         f = torch.cat([encoder(part).float() for part in x.split(256)])
     x_hat = torch.cat([decode(decoder, part, cfg, device) for part in f.split(256)])
@@ -465,14 +467,14 @@ def train_decoder(cfg, encoder, held_out, device):
     lpips = load_lpips(device) if cfg.perceptual == "lpips" else None
     model = build_decoder(cfg, encoder.dim).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    adam = dict(lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    opt = torch.optim.AdamW(model.parameters(), **adam)
     plain = dataclasses.replace(cfg, compile="off")
     net = parallel(model, plain if cfg.gan else cfg, device)  # w_gan is a gradient of one layer
     state = {"model": model, "ema": ema, "opt": opt}
     if cfg.gan:
         critic = PatchGAN().to(device)
-        critic_opt = torch.optim.AdamW(critic.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0,
-                                       fused=True)
+        critic_opt = torch.optim.AdamW(critic.parameters(), **adam)
         critic_net = parallel(critic, plain, device)
         state |= {"critic": critic, "critic_opt": critic_opt}
     psnr = {}  # the latest
@@ -486,61 +488,63 @@ def train_decoder(cfg, encoder, held_out, device):
         l1 = (x_hat - x).abs().mean() / 2  # of pixels in [0, 1]
         rec = l1 + lpips(x_hat, x).mean() if lpips else l1
         loss, values = rec, {"l1": l1}
-        if cfg.gan:
+        adversarial = w_gan = hinge = torch.zeros_like(l1)  # before their epochs
+        if cfg.gan and epoch > 8:
             critic.requires_grad_(False)
             with autocast(cfg, device):
                 adversarial = hinge_generator(critic(x_hat))
-            w = cfg.gan * (epoch > 8) * adaptive_weight(rec, adversarial, model.output.weight)
-            loss = loss + w * adversarial
-            values |= {"adversarial": adversarial, "w_gan": w}
+            w_gan = cfg.gan * adaptive_weight(rec, adversarial, model.output.weight)
+            loss = loss + w_gan * adversarial
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         lr = cfg.lr * min(1, epoch, 0.55 + 0.45 * math.cos(math.pi * epoch / 16))  # to a tenth
         opt.param_groups[0]["lr"] = lr
         opt.step()
         opt.zero_grad()
-        if cfg.gan:
+        if cfg.gan and epoch > 6:
             critic.requires_grad_(True)
             fake = to_uint8(decode(model, f, cfg, device)) / 127.5 - 1  # anew, from clean tokens
             with autocast(cfg, device):
                 hinge = hinge_discriminator(critic_net(x), critic_net(fake))
-            ((epoch > 6) * hinge).backward()
+            hinge.backward()
             critic_opt.param_groups[0]["lr"] = lr
             critic_opt.step()
             critic_opt.zero_grad()
-            values["hinge"] = hinge
+        values |= {"adversarial": adversarial, "w_gan": w_gan, "hinge": hinge} if cfg.gan else {}
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
             x_hat, value = round_trip(encoder, ema, held_out, cfg, device)
             psnr = {"psnr": value.item()}
-            save_grid(torch.cat([held_out[:8], x_hat[:8]]), f"{cfg.out}/samples_{step + 1:07d}.png",
-                      columns=8)
+            pairs = torch.cat([held_out[:8], x_hat[:8]])
+            save_grid(pairs, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **psnr)
     return ema
 
-def load_weak(cfg, channels, device):
-    """The network of --weak, for AutoGuidance, of latents alike."""
+def load_weak(cfg, latents, device):
+    """The network of --weak, for AutoGuidance, of latents alike: (2, n), mean and deviation."""
     saved = load_checkpoint(cfg.weak)
     with explain(f"--weak {cfg.weak} does not fit", KeyError, TypeError, ValueError, RuntimeError):
         theirs = Config(**saved["config"])
         for name in ("data", "image_size", "encoder", "patch"):
             if getattr(theirs, name) != getattr(cfg, name):
                 raise ValueError(f"it has {name} {getattr(theirs, name)}")
-        net = build(theirs, channels, saved["classes"]).to(device)
+        if not torch.allclose(saved["latents"], latents.cpu(), rtol=0.05, atol=0.05):
+            raise ValueError("its latents have another mean or deviation")
+        net = build(theirs, latents.shape[1], saved["classes"]).to(device)
         net.load_state_dict(saved["ema"])
     return net.eval().requires_grad_(False)
 
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
-    weak = load_weak(cfg, encoder.dim, device) if cfg.weak else None
-    held_out = held_out_images(cfg, device)
+    held_out = unseen_images(cfg, device)
     shown = held_out[torch.arange(20) % len(held_out)]
     if cfg.fresh and RANK == 0:
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
     decoder = train_decoder(cfg, encoder, held_out, device)
     data = load_images(cfg, device, "train")
     mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each
+    weak = load_weak(cfg, latents, device) if cfg.weak else None
     torch.manual_seed(mix(cfg.seed, 1))  # whether or not the first stage has run just now
     model = build(cfg, encoder.dim, data.classes).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
@@ -559,7 +563,7 @@ def train(cfg):
             loss = latent_flow_loss(net, z, y, t)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        late = max(0, step - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1
+        late = max(0, step + 1 - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1
         opt.param_groups[0]["lr"] = lr = cfg.lr * (1 - 0.9 * late)
         opt.step()
         opt.zero_grad()
@@ -581,7 +585,7 @@ def sample(cfg):
     nets = {"ema": build(cfg, n, classes), "decoder": build_decoder(cfg, n)}
     for name, net in nets.items():
         net.to(device).eval().requires_grad_(False).load_state_dict(saved[name])
-    weak = load_weak(cfg, n, device) if cfg.weak else None
+    weak = load_weak(cfg, latents, device) if cfg.weak else None
     for i, generator in shares(cfg.n, 250, cfg.seed):
         f = draw(nets["ema"], weak, latents, y[i], cfg, device, generator)
         parts.append((i, to_uint8(decode(nets["decoder"], f, cfg, device))))
