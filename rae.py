@@ -7,14 +7,13 @@ Here      decoder of f + sigma e, sigma ~ |N(0, tau^2)|: ViTDecoder, noisy_token
           |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time;
           alpha = sqrt(N n / 4096): shift_factor; Euler steps: euler_ode; AutoGuidance: guided_flow;
           error at least 1 - d / n of a transformer of width d < n: tests/claims/rae.py
-Changed   queries and keys are normalised (paper: not), rotary embedding turns the channels (i, i +
-          D / 2), a renaming; linear maps start as Xavier's; one SiLU, not two, before the blocks of
-          DiT^DH; LayerNorm of tokens with 1e-5 (DINOv2: 1e-6); mean and variance of latents per
-          channel (released: per position, no mean); alpha < 1 allowed; t not cut at 0.999, its law
-          logit-normal (first code: uniform), Euler ends at 0 (code: 0.0069). Decoder: AdamW, 0.9,
-          0.95 (paper: Adam, 0.5, 0.9), extra token from N(0, 0.02^2) (0), output in [-1, 1], not
-          the encoder's units, PatchGAN, 1e-4 for 1e-6 in the adaptive weight, centre squares, no
-          random crops; no LPIPS and GAN by default: VGG is a download
+Changed   normalised queries and keys; rotary pairs (i, i + D / 2), a renaming; linear maps start as
+          Xavier's; one SiLU, not two, before the blocks of DiT^DH; LayerNorm of tokens with 1e-5
+          (DINOv2: 1e-6); mean and variance of latents per channel (released: per position, no
+          mean); alpha < 1 allowed; t not cut at 0.999, its law logit-normal (first code: uniform);
+          Euler ends at 0 (code: 0.0069). Decoder: AdamW 0.9, 0.95 (paper: Adam 0.5, 0.9); extra
+          token from N(0, 0.02^2) (0); output in [-1, 1], not the encoder's units; PatchGAN; 1e-4
+          for 1e-6 in the adaptive weight; no random crops; by default no LPIPS (a download), no GAN
 Left out  the discriminator's heads on a frozen DINO-S/8, DiffAug; upsampling decoder; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
@@ -129,11 +128,10 @@ SHARED = PAPER | dict(decoder_dir="runs/rae-paper/decoder")
 PRESETS = {
     "cifar10": dict(  # the small teacher is for shapes; DINOv2-S is downloaded
         data="torch/cifar10", flip=True, batch_size=256, steps=20_000, lr=5e-4, ema_decay=0.999,
-        log_every=100, save_every=2000, sample_every=5000,
-        encoder="timm:vit_small_patch14_reg4_dinov2.lvd142m", dim=384, depth=12, heads=6,
-        head_dim=768, head_depth=2, head_heads=12, lr_flat=10_000, decoder_steps=10_000,
-        decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998, decoder_dim=384,
-        decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
+        log_every=100, save_every=2000, sample_every=5000, dim=384, depth=12, heads=6, head_dim=768,
+        encoder="timm:vit_small_patch14_reg4_dinov2.lvd142m", head_heads=12, lr_flat=10_000,
+        decoder_steps=10_000, decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998,
+        decoder_dim=384, decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
     "paper": PAPER,
     "paper-s": SHARED | dict(steps=17_514, dim=384, depth=12, heads=6),  # DiT^DH-S, the weak one
     "paper-dit": SHARED | dict(head_depth=0),  # DiT-XL
@@ -399,9 +397,8 @@ def guided_flow(net, weak, zt, t, y, guidance=1.0):
     return v_weak + guidance * (v - v_weak)
 
 @torch.no_grad()
-def euler_ode(velocity, noise, alpha, sampling_steps=50):
-    """dz/dt = v(z, t) from t = 1 to 0 in Euler steps, an even grid shifted by alpha. Like noise."""
-    z = noise
+def euler_ode(velocity, z, alpha, sampling_steps=50):
+    """dz/dt = v(z, t) from noise z, t = 1, to t = 0: Euler steps, an even grid shifted by alpha."""
     grid = shift_time(torch.linspace(1, 0, sampling_steps + 1, dtype=torch.float64), alpha).tolist()
     for t, t_next in zip(grid, grid[1:]):
         z = z + (t_next - t) * velocity(z, z.new_full((len(z),), t))
@@ -454,7 +451,7 @@ def round_trip(encoder, decoder, x, cfg, device):
     with autocast(cfg, device):
         f = torch.cat([encoder(part).float() for part in x.split(256)])
     x_hat = torch.cat([decode(decoder, part, cfg, device) for part in f.split(256)])
-    return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean()
+    return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean().item()
 
 def train_decoder(cfg, encoder, held_out, device):
     """First stage, a run of its own in <out>/decoder or --decoder-dir: the decoder's EMA."""
@@ -513,8 +510,7 @@ def train_decoder(cfg, encoder, held_out, device):
         values |= {"adversarial": adversarial, "w_gan": w_gan, "hinge": hinge} if cfg.gan else {}
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
-            x_hat, value = round_trip(encoder, ema, held_out, cfg, device)
-            psnr = {"psnr": value.item()}
+            x_hat, psnr["psnr"] = round_trip(encoder, ema, held_out, cfg, device)
             pairs = torch.cat([held_out[:8], x_hat[:8]])
             save_grid(pairs, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **psnr)
@@ -539,12 +535,12 @@ def train(cfg):
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
     held_out = unseen_images(cfg, device)
     shown = held_out[torch.arange(20) % len(held_out)]
-    if cfg.fresh and RANK == 0:
-        Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
-    decoder = train_decoder(cfg, encoder, held_out, device)
     data = load_images(cfg, device, "train")
     mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each
     weak = load_weak(cfg, latents, device) if cfg.weak else None
+    if cfg.fresh and RANK == 0:
+        Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
+    decoder = train_decoder(cfg, encoder, held_out, device)
     torch.manual_seed(mix(cfg.seed, 1))  # whether or not the first stage has run just now
     model = build(cfg, encoder.dim, data.classes).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
