@@ -804,7 +804,8 @@ def test_arms_of_the_images_run_on_one_another(tmp_path, monkeypatch):
     assert found["pixels"]["floor"] == 0 < found["strong"]["loss"]
     for name in ("w 1.00001", "w 2.0"):
         (tmp_path / name).mkdir()
-    guided = [run(claim.guidance_arm, 0, tmp_path / f"w {w}", "cpu", w, tmp_path / "strong",
+    monkeypatch.setattr(claim, "setup", lambda cfg: torch.device("cpu"))  # of auto
+    guided = [run(claim.guidance_arm, 0, tmp_path / f"w {w}", "auto", w, tmp_path / "strong",
                   tmp_path / "weak", noisy) for w in (1.00001, 2.0)]
     assert guided[0]["fd"] == pytest.approx(found["strong"]["fd"], rel=1e-2)  # the same noise
     assert guided[1]["fd"] != guided[0]["fd"]

@@ -399,9 +399,9 @@ def image_arm(preset, name, encoder, seed, folder, device, flags, noisy, clean):
 def guidance_arm(preset, seed, folder, device, w, strong, weak, noisy):
     """Distance of samples of one network, guided by a weaker one."""
     start(preset)
+    device = setup(parse(preset, TEACHER, seed, folder, device, []))
     cfg, net, latents = load_net(strong, device)
-    cfg = script.dataclasses.replace(cfg, weak=str(weak), guidance=w, out=str(folder))
-    device = setup(cfg)
+    cfg = script.dataclasses.replace(cfg, weak=str(weak), guidance=w)
     f, y = generate(net, load_net(weak, device)[1], latents, cfg, device, COUNT[preset])
     samples = decode(load_decoder(noisy, cfg, device), f, cfg, device)
     torch.save(samples[:20].cpu(), folder / "samples.pt")
