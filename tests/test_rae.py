@@ -25,7 +25,7 @@ ROOT = Path(script.__file__).parent
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
 --decoder-batch-size 20 --decoder-steps 2 --dim 16 --depth 1 --heads 2 --head-dim 24 --head-heads 2
 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 --sampling-steps 2
---lr-flat 2 --log-every 1 --save-every 2 --sample-every 4""".split()
+--lr-flat 2 --alpha 0 --log-every 1 --save-every 2 --sample-every 4""".split()
 double = torch.float64
 
 
@@ -388,7 +388,7 @@ def test_statistics_are_those_of_the_channels_and_normalisation_inverts():
 def test_drawing_undoes_the_normalisation_and_shifts_as_training_does(monkeypatch):
     latents, seen = torch.tensor([[1.0, -2.0, 0.5], [2.0, 0.1, 3.0]]), []
     net = Spy(lambda z, t, y: seen.append(t[0].item()) or z * 0)
-    cfg, y = script.Config(image_size=8, patch=4, sampling_steps=4), torch.tensor([0, 4])
+    cfg, y = script.Config(image_size=8, patch=4, alpha=0, sampling_steps=4), torch.tensor([0, 4])
     generator = torch.Generator().manual_seed(5)
     f = script.draw(net, None, latents, y, cfg, torch.device("cpu"), generator)
     noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5))
