@@ -56,13 +56,13 @@ class Config:
     flip: bool = False  # mirror half of the images, in the last stage only
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the last stage, summed over all GPUs
-    steps: int = 3500  # optimizer steps of the last stage
+    steps: int = 3000  # optimizer steps of the last stage
     lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay
     ema_decay: float = 0.995  # of the transformer that is sampled
     grad_clip: float = 1.0  # largest norm of the gradient, last stage only; 0: any
     log_every: int = 50  # steps between two lines in metrics.jsonl
     save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1750  # steps between two grids of reconstructions and samples
+    sample_every: int = 1500  # steps between two grids of reconstructions and samples
     encoder: str = "assets/teacher.safetensors"  # file that simsiam.py makes, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -75,14 +75,14 @@ class Config:
     head_depth: int = 2  # blocks of the wide head; 0: none, plain DiT
     head_heads: int = 4  # its attention heads
     label_drop: float = 0.1  # share of labels replaced by "no class"
-    lr_flat: int = 1750  # steps at lr; from there on linear to lr / 10 at the last one
+    lr_flat: int = 1500  # steps at lr; from there on linear to lr / 10 at the last one
     time_law: str = "logit-normal"  # logit-normal | uniform: law of t before the shift
     alpha: float = 1.6  # shift of t, in training and sampling; 0: sqrt(N n / 4096), here 0.8
     sampling_steps: int = 50  # Euler steps
-    guidance: float = 1.0  # 1: off; else v_weak + w (v - v_weak)
+    guidance: float = 2.0  # 1: off; else v_weak + w (v - v_weak)
     weak: str = ""  # last.pt of the weak network (AutoGuidance); empty: this one without class
     decoder_dir: str = ""  # folder of the first stage, which runs may share; empty: <out>/decoder
-    decoder_steps: int = 2000  # optimizer steps of the first stage
+    decoder_steps: int = 3000  # optimizer steps of the first stage
     decoder_batch_size: int = 64  # images per step of the first stage
     decoder_lr: float = 1e-3  # AdamW, warm-up for 1 / 16 of the steps, cosine to a tenth
     decoder_ema: float = 0.99  # of the decoder that is used
@@ -123,7 +123,7 @@ PAPER = dict(  # ImageNet 256: 800 epochs of 1251 steps, 40 at full lr; decoder:
     encoder="timm:vit_base_patch14_reg4_dinov2.lvd142m", patch=16, dim=1152, depth=28, heads=16,
     head_dim=2048, head_depth=2, head_heads=16, lr_flat=50_040, alpha=0, decoder_steps=40_032,
     decoder_batch_size=512, decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152,
-    decoder_depth=28, decoder_heads=16, decoder_mlp=4096, perceptual="lpips", gan=0.75)
+    decoder_depth=28, decoder_heads=16, decoder_mlp=4096, perceptual="lpips", gan=0.75, guidance=1)
 SHARED = PAPER | dict(decoder_dir="runs/rae-paper/decoder")
 PRESETS = {
     "cifar10": dict(  # the small teacher is for shapes; DINOv2-S is downloaded

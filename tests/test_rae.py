@@ -25,7 +25,7 @@ ROOT = Path(script.__file__).parent
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
 --decoder-batch-size 20 --decoder-steps 2 --dim 16 --depth 1 --heads 2 --head-dim 24 --head-heads 2
 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 --sampling-steps 2
---lr-flat 2 --alpha 0 --log-every 1 --save-every 2 --sample-every 4""".split()
+--lr-flat 2 --alpha 0 --guidance 1 --log-every 1 --save-every 2 --sample-every 4""".split()
 double = torch.float64
 
 

@@ -109,10 +109,11 @@ SWEEP = ("alpha 1", "d 192", "alpha 3", "alpha 6")  # of alpha; d 192: 1.6
 GUIDANCE = (1.25, 1.5, 2.0)
 FLAGS = {
     "cpu": "--image-size 16 --batch-size 64 --lr-flat 250 --ema-decay 0.99 --depth 4 --alpha 1.6 "
-           "--decoder-steps 600 --sampling-steps 25 --compile off",
+           "--decoder-steps 600 --sampling-steps 25 --guidance 1 --compile off",
     "gpu": "--image-size 32 --batch-size 256 --lr-flat 3000 --ema-decay 0.999 --depth 8 "
            "--alpha 1.6 --decoder-steps 4000 --decoder-batch-size 256 --decoder-dim 256 "
-           "--decoder-depth 6 --decoder-mlp 1024 --decoder-ema 0.998 --sampling-steps 50"}
+           "--decoder-depth 6 --decoder-mlp 1024 --decoder-ema 0.998 --sampling-steps 50 "
+           "--guidance 1"}
 STEPS = {"cpu": 500, "gpu": 6000}  # of a transformer
 COUNT = {"cpu": 1000, "gpu": 5000}  # samples of an arm
 TEACHER = "assets/teacher.safetensors"
