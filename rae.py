@@ -79,7 +79,7 @@ class Config:
     time_law: str = "logit-normal"  # logit-normal | uniform: law of t before the shift
     alpha: float = 1.6  # shift of t, in training and sampling; 0: sqrt(N n / 4096), here 0.8
     sampling_steps: int = 50  # Euler steps
-    guidance: float = 2.0  # 1: off; else v_weak + w (v - v_weak)
+    guidance: float = 3.0  # 1: off; else v_weak + w (v - v_weak)
     weak: str = ""  # last.pt of the weak network (AutoGuidance); empty: this one without class
     decoder_dir: str = ""  # folder of the first stage, which runs may share; empty: <out>/decoder
     decoder_steps: int = 3000  # optimizer steps of the first stage
