@@ -2,18 +2,19 @@
 
 Paper     Zheng, Ma, Tong, Xie. Diffusion Transformers with Representation Autoencoders.
           arXiv:2510.11690v1 (RAE)
-Here      autoencoder: common.load_encoder, ViTDecoder, noisy_tokens, train_decoder; DiT and, with
-          a wide head, DiT^DH: DiTDH; flow: shift_time, latent_flow_loss, euler_ode, guided_flow
-Changed   queries and keys are normalised (paper: not), rotary embedding turns the channels (i, i +
-          D / 2), a renaming; all linear maps start as Xavier's; one SiLU, not two, before the base
-          blocks of DiT^DH; mean and variance of latents per channel (released: per position, too,
-          without mean for DINOv2-B); t is not cut at 0.999, and 50 Euler steps end at t = 0 (code:
-          49, at 0.0069). Decoder: output in [-1, 1], not in the encoder's units; PatchGAN as the
-          discriminator; 1e-4 for 1e-6 in the adaptive weight; centre squares, not random crops. By
-          default L1 is its only loss, no LPIPS and no GAN: VGG needs a download, and the one small
-          classifier here is the judge of samples
-Left out  the discriminator's trained heads on a frozen DINO-S/8, and DiffAug; the decoder that
-          upsamples; 512 pixels
+Here      decoder of f + sigma e, sigma ~ |N(0, tau^2)|: ViTDecoder, noisy_tokens; its loss L1 +
+          LPIPS + w_gan L_G: train_decoder, adaptive_weight; DiT, with the wide head DiT^DH: DiTDH;
+          |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time;
+          alpha = sqrt(N n / 4096): shift_factor; Euler steps: euler_ode; AutoGuidance: guided_flow;
+          error at least 1 - d / n of a transformer of width d < n: tests/claims/rae.py
+Changed   normalised queries and keys; rotary pairs (i, i + D / 2), a renaming; linear maps start as
+          Xavier's; one SiLU, not two, before the blocks of DiT^DH; LayerNorm of tokens with 1e-5
+          (DINOv2: 1e-6); mean and variance of latents per channel (released: per position, no
+          mean); alpha < 1 allowed; t not cut at 0.999, its law logit-normal (first code: uniform);
+          Euler ends at 0 (code: 0.0069). Decoder: AdamW 0.9, 0.95 (paper: Adam 0.5, 0.9); extra
+          token from N(0, 0.02^2) (0); output in [-1, 1], not the encoder's units; PatchGAN; 1e-4
+          for 1e-6 in the adaptive weight; no random crops; by default no LPIPS (a download), no GAN
+Left out  the discriminator's heads on a frozen DINO-S/8, DiffAug; upsampling decoder; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
           eps  noise like z                           t      0 = data ... 1 = noise, float32 (B,)
@@ -49,19 +50,19 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto | cuda | mps | cpu
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where fast; authors: fp32 is safer
-    compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
+    compile: str = "auto"  # auto | on | off; auto: CUDA, or Linux with g++; a decoder with gan: off
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
-    image_size: int = 32  # side S in pixels; larger images are cropped and resized
+    image_size: int = 16  # side S in pixels; larger images are cropped and resized
     flip: bool = False  # mirror half of the images, in the last stage only
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the last stage, summed over all GPUs
-    steps: int = 1500  # optimizer steps of the last stage
+    steps: int = 3000  # optimizer steps of the last stage
     lr: float = 1e-3  # AdamW, betas (0.9, 0.95), no decay
     ema_decay: float = 0.995  # of the transformer that is sampled
     grad_clip: float = 1.0  # largest norm of the gradient, last stage only; 0: any
     log_every: int = 50  # steps between two lines in metrics.jsonl
-    save_every: int = 250  # steps between two checkpoints
-    sample_every: int = 750  # steps between two grids of reconstructions and samples
+    save_every: int = 500  # steps between two checkpoints
+    sample_every: int = 1500  # steps between two grids of reconstructions and samples
     encoder: str = "assets/teacher.safetensors"  # file that simsiam.py makes, or timm:<name>
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 80  # how many images --sample draws
@@ -74,14 +75,14 @@ class Config:
     head_depth: int = 2  # blocks of the wide head; 0: none, plain DiT
     head_heads: int = 4  # its attention heads
     label_drop: float = 0.1  # share of labels replaced by "no class"
-    lr_flat: int = 750  # steps at lr; from there on linear to lr / 10 at the last one
+    lr_flat: int = 1500  # steps at lr; from there on linear to lr / 10 at the last one
     time_law: str = "logit-normal"  # logit-normal | uniform: law of t before the shift
-    alpha: float = 0.0  # shift of t, in training and sampling; 0: sqrt(N n / 4096)
+    alpha: float = 1.6  # shift of t, in training and sampling; 0: sqrt(N n / 4096), here 0.8
     sampling_steps: int = 50  # Euler steps
-    guidance: float = 1.0  # 1: off; else v_weak + w (v - v_weak)
+    guidance: float = 3.0  # 1: off; else v_weak + w (v - v_weak)
     weak: str = ""  # last.pt of the weak network (AutoGuidance); empty: this one without class
     decoder_dir: str = ""  # folder of the first stage, which runs may share; empty: <out>/decoder
-    decoder_steps: int = 800  # optimizer steps of the first stage
+    decoder_steps: int = 3000  # optimizer steps of the first stage
     decoder_batch_size: int = 64  # images per step of the first stage
     decoder_lr: float = 1e-3  # AdamW, warm-up for 1 / 16 of the steps, cosine to a tenth
     decoder_ema: float = 0.99  # of the decoder that is used
@@ -120,21 +121,19 @@ PAPER = dict(  # ImageNet 256: 800 epochs of 1251 steps, 40 at full lr; decoder:
     data="data/imagenet", image_size=256, flip=True, batch_size=1024, steps=1_000_800, lr=2e-4,
     ema_decay=0.9995, grad_clip=1.0, log_every=100, save_every=5000, sample_every=25_020,
     encoder="timm:vit_base_patch14_reg4_dinov2.lvd142m", patch=16, dim=1152, depth=28, heads=16,
-    head_dim=2048, head_depth=2, head_heads=16, lr_flat=50_040, decoder_steps=40_032,
+    head_dim=2048, head_depth=2, head_heads=16, lr_flat=50_040, alpha=0, decoder_steps=40_032,
     decoder_batch_size=512, decoder_lr=2e-4, decoder_ema=0.9978, decoder_dim=1152,
-    decoder_depth=28, decoder_heads=16, decoder_mlp=4096, perceptual="lpips", gan=0.75)
+    decoder_depth=28, decoder_heads=16, decoder_mlp=4096, perceptual="lpips", gan=0.75, guidance=1)
 SHARED = PAPER | dict(decoder_dir="runs/rae-paper/decoder")
 PRESETS = {
     "cifar10": dict(  # the small teacher is for shapes; DINOv2-S is downloaded
-        data="torch/cifar10", flip=True, batch_size=256, steps=20_000, lr=5e-4, ema_decay=0.999,
-        log_every=100, save_every=2000, sample_every=5000,
-        encoder="timm:vit_small_patch14_reg4_dinov2.lvd142m", dim=384, depth=12, heads=6,
-        head_dim=768, head_depth=2, head_heads=12, lr_flat=10_000, decoder_steps=10_000,
-        decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998, decoder_dim=384,
-        decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
+        data="torch/cifar10", image_size=32, flip=True, batch_size=256, steps=20_000, lr=5e-4,
+        ema_decay=0.999, log_every=100, sample_every=5000, dim=384, depth=12, heads=6, head_dim=768,
+        encoder="timm:vit_small_patch14_reg4_dinov2.lvd142m", head_heads=12, lr_flat=10_000,
+        alpha=0, decoder_steps=10_000, decoder_batch_size=256, decoder_lr=4e-4, decoder_ema=0.998,
+        decoder_dim=384, decoder_depth=6, decoder_heads=6, decoder_mlp=1536, gan=0.75),
     "paper": PAPER,
-    "paper-s": SHARED | dict(  # DiT^DH-S, 14 epochs: the weak network of the best FID, 1.13
-        steps=17_514, dim=384, depth=12, heads=6),
+    "paper-s": SHARED | dict(steps=17_514, dim=384, depth=12, heads=6),  # DiT^DH-S, the weak one
     "paper-dit": SHARED | dict(head_depth=0),  # DiT-XL
 }
 SAMPLING = ("sampling_steps", "guidance", "weak")
@@ -148,11 +147,12 @@ def class_rows(classes, columns=8):
     """Classes y of a grid of samples, a row each, ten at most: int64 (rows * columns,)."""
     return torch.arange(min(classes, 10)).repeat_interleave(columns)
 
-def held_out_images(cfg, device, n=256):
-    """Up to n images that are not trained on, float32 (n, 3, S, S), the same ones every time."""
+def unseen_images(cfg, device, count=256):
+    """This rank's part of at most count images that are not trained on, float32 (B, 3, S, S)."""
+    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=count // WORLD * WORLD)
     data = load_images(cfg, device, "validation")
-    size = max(1, min(n, data.size) // WORLD) * WORLD
-    return batch(data, dataclasses.replace(cfg, flip=False, batch_size=size), device, 0)[0]
+    size = max(1, min(count, data.size) // WORLD) * WORLD
+    return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
 # ---- model -----------------------------------------------------------------------------
 
@@ -230,8 +230,8 @@ class Block(nn.Module):
 
 class TokenBlock(Block):
     """Block of the wide head: its shifts, scales and gates differ from token to token."""
-    def forward(self, x, s, table):  # (B, N, D), (B, N, D), (2, N, D / heads / 2) -> (B, N, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(s).chunk(6, -1)
+    def forward(self, x, c, table):  # (B, N, D), (B, N, D), (2, N, D / heads / 2) -> (B, N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, table)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -373,10 +373,10 @@ def shift_time(t, alpha):
     """alpha t / (1 + (alpha - 1) t), which multiplies the odds t / (1 - t) by alpha."""
     return alpha * t / (1 + (alpha - 1) * t)
 
-def flow_time(n, law, alpha, device):
-    """t (n,) in [0, 1], shifted: of U(0, 1) or the logistic function of N(0, 1)."""
+def flow_time(size, law, alpha, device):
+    """t (B,) in [0, 1], B = size, shifted: of U(0, 1) or the logistic function of N(0, 1)."""
     uniform = law == "uniform"
-    t = torch.rand(n, device=device) if uniform else torch.randn(n, device=device).sigmoid()
+    t = torch.rand(size, device=device) if uniform else torch.randn(size, device=device).sigmoid()
     return shift_time(t, alpha)
 
 def latent_flow_loss(net, z, y, t):
@@ -397,9 +397,8 @@ def guided_flow(net, weak, zt, t, y, guidance=1.0):
     return v_weak + guidance * (v - v_weak)
 
 @torch.no_grad()
-def euler_ode(velocity, noise, alpha, sampling_steps=50):
-    """dz/dt = v(z, t) from t = 1 to 0 in Euler steps, an even grid shifted by alpha. Like noise."""
-    z = noise
+def euler_ode(velocity, z, alpha, sampling_steps=50):
+    """dz/dt = v(z, t) from noise z, t = 1, to t = 0: Euler steps, an even grid shifted by alpha."""
     grid = shift_time(torch.linspace(1, 0, sampling_steps + 1, dtype=torch.float64), alpha).tolist()
     for t, t_next in zip(grid, grid[1:]):
         z = z + (t_next - t) * velocity(z, z.new_full((len(z),), t))
@@ -431,7 +430,7 @@ def latent_statistics(encoder, data, cfg, device, images=10_000):
 
 @torch.no_grad()
 def draw(net, weak, latents, y, cfg, device, generator):
-    """Tokens (B, N, n) of classes y (B,), as the decoder takes them; noise comes from generator."""
+    """Tokens (B, N, n) of classes y (B,), of mean and deviation latents (2, n)."""
     mean, std = latents
     shape = len(y), (cfg.image_size // cfg.patch)**2, len(mean)
     noise, y = torch.randn(shape, generator=generator).to(device), y.to(device)
@@ -448,11 +447,11 @@ def decode(decoder, f, cfg, device):
 
 @torch.no_grad()
 def round_trip(encoder, decoder, x, cfg, device):
-    """x_hat of images x (n, 3, S, S), encoded and decoded, and its PSNR in dB, mean over n."""
+    """x_hat of images x (B, 3, S, S), encoded and decoded, and its PSNR in dB, mean over B."""
     with autocast(cfg, device):
         f = torch.cat([encoder(part).float() for part in x.split(256)])
     x_hat = torch.cat([decode(decoder, part, cfg, device) for part in f.split(256)])
-    return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean()
+    return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean().item()
 
 def train_decoder(cfg, encoder, held_out, device):
     """First stage, a run of its own in <out>/decoder or --decoder-dir: the decoder's EMA."""
@@ -465,14 +464,14 @@ def train_decoder(cfg, encoder, held_out, device):
     lpips = load_lpips(device) if cfg.perceptual == "lpips" else None
     model = build_decoder(cfg, encoder.dim).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    adam = dict(lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    opt = torch.optim.AdamW(model.parameters(), **adam)
     plain = dataclasses.replace(cfg, compile="off")
     net = parallel(model, plain if cfg.gan else cfg, device)  # w_gan is a gradient of one layer
     state = {"model": model, "ema": ema, "opt": opt}
     if cfg.gan:
         critic = PatchGAN().to(device)
-        critic_opt = torch.optim.AdamW(critic.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0,
-                                       fused=True)
+        critic_opt = torch.optim.AdamW(critic.parameters(), **adam)
         critic_net = parallel(critic, plain, device)
         state |= {"critic": critic, "critic_opt": critic_opt}
     psnr = {}  # the latest
@@ -486,61 +485,62 @@ def train_decoder(cfg, encoder, held_out, device):
         l1 = (x_hat - x).abs().mean() / 2  # of pixels in [0, 1]
         rec = l1 + lpips(x_hat, x).mean() if lpips else l1
         loss, values = rec, {"l1": l1}
-        if cfg.gan:
+        adversarial = w_gan = hinge = torch.zeros_like(l1)  # before their epochs
+        if cfg.gan and epoch > 8:
             critic.requires_grad_(False)
             with autocast(cfg, device):
                 adversarial = hinge_generator(critic(x_hat))
-            w = cfg.gan * (epoch > 8) * adaptive_weight(rec, adversarial, model.output.weight)
-            loss = loss + w * adversarial
-            values |= {"adversarial": adversarial, "w_gan": w}
+            w_gan = cfg.gan * adaptive_weight(rec, adversarial, model.output.weight)
+            loss = loss + w_gan * adversarial
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         lr = cfg.lr * min(1, epoch, 0.55 + 0.45 * math.cos(math.pi * epoch / 16))  # to a tenth
         opt.param_groups[0]["lr"] = lr
         opt.step()
         opt.zero_grad()
-        if cfg.gan:
+        if cfg.gan and epoch > 6:
             critic.requires_grad_(True)
             fake = to_uint8(decode(model, f, cfg, device)) / 127.5 - 1  # anew, from clean tokens
             with autocast(cfg, device):
                 hinge = hinge_discriminator(critic_net(x), critic_net(fake))
-            ((epoch > 6) * hinge).backward()
+            hinge.backward()
             critic_opt.param_groups[0]["lr"] = lr
             critic_opt.step()
             critic_opt.zero_grad()
-            values["hinge"] = hinge
+        values |= {"adversarial": adversarial, "w_gan": w_gan, "hinge": hinge} if cfg.gan else {}
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
-            x_hat, value = round_trip(encoder, ema, held_out, cfg, device)
-            psnr = {"psnr": value.item()}
-            save_grid(torch.cat([held_out[:8], x_hat[:8]]), f"{cfg.out}/samples_{step + 1:07d}.png",
-                      columns=8)
+            x_hat, psnr["psnr"] = round_trip(encoder, ema, held_out, cfg, device)
+            pairs = torch.cat([held_out[:8], x_hat[:8]])
+            save_grid(pairs, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **psnr)
     return ema
 
-def load_weak(cfg, channels, device):
-    """The network of --weak, for AutoGuidance, of latents alike."""
+def load_weak(cfg, latents, device):
+    """The network of --weak, for AutoGuidance, of latents alike: (2, n), mean and deviation."""
     saved = load_checkpoint(cfg.weak)
     with explain(f"--weak {cfg.weak} does not fit", KeyError, TypeError, ValueError, RuntimeError):
         theirs = Config(**saved["config"])
         for name in ("data", "image_size", "encoder", "patch"):
             if getattr(theirs, name) != getattr(cfg, name):
                 raise ValueError(f"it has {name} {getattr(theirs, name)}")
-        net = build(theirs, channels, saved["classes"]).to(device)
+        if not torch.allclose(saved["latents"], latents.cpu(), rtol=0.05, atol=0.05):
+            raise ValueError("its latents have another mean or deviation")
+        net = build(theirs, latents.shape[1], saved["classes"]).to(device)
         net.load_state_dict(saved["ema"])
     return net.eval().requires_grad_(False)
 
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
-    weak = load_weak(cfg, encoder.dim, device) if cfg.weak else None
-    held_out = held_out_images(cfg, device)
+    held_out = unseen_images(cfg, device)
     shown = held_out[torch.arange(20) % len(held_out)]
+    data = load_images(cfg, device, "train")
+    mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each
+    weak = load_weak(cfg, latents, device) if cfg.weak else None
     if cfg.fresh and RANK == 0:
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
     decoder = train_decoder(cfg, encoder, held_out, device)
-    data = load_images(cfg, device, "train")
-    mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each
     torch.manual_seed(mix(cfg.seed, 1))  # whether or not the first stage has run just now
     model = build(cfg, encoder.dim, data.classes).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
@@ -559,7 +559,7 @@ def train(cfg):
             loss = latent_flow_loss(net, z, y, t)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        late = max(0, step - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1
+        late = max(0, step + 1 - cfg.lr_flat) / max(1, cfg.steps - cfg.lr_flat)  # 0 ... 1
         opt.param_groups[0]["lr"] = lr = cfg.lr * (1 - 0.9 * late)
         opt.step()
         opt.zero_grad()
@@ -581,7 +581,7 @@ def sample(cfg):
     nets = {"ema": build(cfg, n, classes), "decoder": build_decoder(cfg, n)}
     for name, net in nets.items():
         net.to(device).eval().requires_grad_(False).load_state_dict(saved[name])
-    weak = load_weak(cfg, n, device) if cfg.weak else None
+    weak = load_weak(cfg, latents, device) if cfg.weak else None
     for i, generator in shares(cfg.n, 250, cfg.seed):
         f = draw(nets["ema"], weak, latents, y[i], cfg, device, generator)
         parts.append((i, to_uint8(decode(nets["decoder"], f, cfg, device))))

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rae as script
 from common import load_checkpoint, load_encoder, shapes
@@ -23,7 +25,7 @@ ROOT = Path(script.__file__).parent
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
 --decoder-batch-size 20 --decoder-steps 2 --dim 16 --depth 1 --heads 2 --head-dim 24 --head-heads 2
 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 --sampling-steps 2
---lr-flat 2 --log-every 1 --save-every 2 --sample-every 4""".split()
+--lr-flat 2 --alpha 0 --guidance 1 --log-every 1 --save-every 2 --sample-every 4""".split()
 double = torch.float64
 
 
@@ -78,19 +80,27 @@ def test_laws_of_time(alpha):
         assert (u <= q).float().mean().item() == pytest.approx(p, abs=5e-3)
 
 
-def test_without_the_shift_the_minority_mode_goes_with_it_stays():
-    """Two modes +-(1, ..., 1) in R^m, 0.8 and 0.2, exact velocity along their direction."""
-    u = torch.distributions.Normal(0, 1).icdf((torch.arange(20_000).double() + 0.5) / 20_000)
-    table = {16: (0.805, 0.805), 1024: (0.840, 0.806), 65536: (0.9995, 0.807)}
-    for m, expected in table.items():
-        A = m**0.5
+def test_shares_of_the_claim_s_table_integrated_once_more():
+    """Two modes +-(1, ..., 1) in R^m, 0.8 and 0.2; 49 steps from 1 to 0.001, as in the code."""
+    p = (np.arange(20_000) + 0.5) / 20_000
+    start = torch.distributions.Normal(0, 1).icdf(torch.from_numpy(p)).numpy()
+    for m, shares in claim.SHIFT.items():
+        for factor, share in zip((1.0, (m / 16) ** 0.5), shares):
+            u, grid = start.copy(), 1 - np.linspace(0, 0.999, 50)
+            odds = factor * grid[1:] / (1 - grid[1:])
+            grid = np.concatenate([[1.0], odds / (1 + odds)])
+            for t, s in zip(grid, grid[1:]):  # along (1, ..., 1) / sqrt(m), where the data is +-A
+                A = m**0.5
+                u_hat = A * np.tanh(A * (1 - t) * u / t**2 + math.log(0.8 / 0.2) / 2)
+                u += (s - t) * (u - u_hat) / t
+            assert (u > 0).mean() == pytest.approx(share, abs=1.5e-3), (m, factor)
 
-        def velocity(u, t):  # u_t = (1 - t) s A + t eps, P(s = 1) = 0.8
-            return (u - A * (A * (1 - t) * u / t**2 + 0.5 * math.log(4)).tanh()) / t
 
-        for alpha, share in zip((1.0, script.shift_factor(m, 16)), expected):
-            end = script.euler_ode(velocity, u, alpha, 50)
-            assert (end > 0).double().mean().item() == pytest.approx(share, abs=0.004)
+def test_claim_s_shift_arm_is_the_script_s_sampler_on_the_same_modes():
+    for m in (16, 4096):
+        found = claim.shift_arm(m, 20_000)
+        for name, share in zip(("share", "share_shifted"), claim.SHIFT[m]):
+            assert found[name] == pytest.approx(share, abs=0.004)
 
 
 # ---- flow, guidance, noise -------------------------------------------------------------
@@ -232,6 +242,17 @@ def test_decoders_of_the_paper():
         assert sum(p.numel() for p in net.parameters()) == expected
 
 
+def test_paper_s_encoder_has_256_tokens_of_768_numbers():
+    cfg = script.Config(**script.PRESETS["paper"])
+    with torch.device("meta"):
+        model = timm.create_model(cfg.encoder[5:], num_classes=0, img_size=224)
+    reduction = model.feature_info[-1]["reduction"]
+    assert cfg.image_size // cfg.patch * reduction == 224
+    assert (model.num_features, model.num_prefix_tokens, reduction) == (768, 5, 14)
+    assert model.patch_embed.num_patches == 256
+    assert model.forward_features(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 261, 768)
+
+
 @pytest.mark.parametrize(
     "preset, params", [("paper", 838.39), ("paper-s", 196.36), ("paper-dit", 676.96)]
 )
@@ -367,7 +388,7 @@ def test_statistics_are_those_of_the_channels_and_normalisation_inverts():
 def test_drawing_undoes_the_normalisation_and_shifts_as_training_does(monkeypatch):
     latents, seen = torch.tensor([[1.0, -2.0, 0.5], [2.0, 0.1, 3.0]]), []
     net = Spy(lambda z, t, y: seen.append(t[0].item()) or z * 0)
-    cfg, y = script.Config(image_size=8, patch=4, sampling_steps=4), torch.tensor([0, 4])
+    cfg, y = script.Config(image_size=8, patch=4, alpha=0, sampling_steps=4), torch.tensor([0, 4])
     generator = torch.Generator().manual_seed(5)
     f = script.draw(net, None, latents, y, cfg, torch.device("cpu"), generator)
     noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(5))
@@ -377,6 +398,18 @@ def test_drawing_undoes_the_normalisation_and_shifts_as_training_does(monkeypatc
     fixed = script.dataclasses.replace(cfg, alpha=3.0)
     script.draw(net, None, latents, y, fixed, torch.device("cpu"), generator)
     assert seen[4:] == pytest.approx([3 * u / (1 + 2 * u) for u in (1, 0.75, 0.5, 0.25)])
+
+
+def test_unseen_images_do_not_depend_on_seed_or_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "load_images", lambda cfg, *args: asked.append(cfg) or few_shapes(
+        cfg, *args))
+    cfg = script.Config(image_size=8, batch_size=20)
+    one = script.unseen_images(cfg, torch.device("cpu"))
+    other = script.dataclasses.replace(cfg, seed=5, flip=True, batch_size=30)
+    assert torch.equal(script.unseen_images(other, torch.device("cpu")), one) and len(one) == 256
+    # of a streamed set they are what load_images is told
+    assert {(c.batch_size, c.seed, c.flip) for c in asked} == {(256, 0, False)}
 
 
 def test_tokens_are_normalised_and_the_encoder_is_frozen():
@@ -399,7 +432,7 @@ def test_run_resumes_bit_for_bit(same_when_interrupted, small_data):
     assert Image.open("whole/samples_0000004.png").size == (12 * 66, 10 * 66)
     assert Image.open("whole/decoder/samples_0000002.png").size == (8 * 66, 2 * 66)
     rows = lines("whole")
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3, 1e-3, 5.5e-4])  # flat, linear
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3, 5.5e-4, 1e-4])  # flat, linear
     assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
 
 
@@ -427,6 +460,55 @@ def test_first_stage_also_resumes_and_the_second_does_not_notice(small_data, mon
     # a cosine to a tenth after a sixteenth of warm-up, of which 6 steps leave nothing
     expected = [1e-3 * (0.55 + 0.45 * math.cos(math.pi * (i + 1) / 6)) for i in range(6)]
     assert [row["lr"] for row in lines("whole/decoder")] == pytest.approx(expected)
+
+
+def test_second_stage_normalises_drops_labels_shifts_and_clips(small_data, monkeypatch):
+    asked = {"z": [], "y": [], "alpha": [], "clip": []}
+
+    def loss(net, z, y, t, real=script.latent_flow_loss):
+        asked["z"].append(z)
+        asked["y"].append(y)
+        return real(net, z, y, t)
+
+    def time(size, law, alpha, device, real=script.flow_time):
+        asked["alpha"].append((size, law, alpha))
+        return real(size, law, alpha, device)
+
+    def clip(parameters, largest, real=nn.utils.clip_grad_norm_):
+        asked["clip"].append(largest)
+        return real(parameters, largest)
+
+    monkeypatch.setattr(script, "latent_flow_loss", loss)
+    monkeypatch.setattr(script, "flow_time", time)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip)
+    flags = SMALL + "--batch-size 150 --steps 2 --label-drop 0.5".split()
+    script.main(flags + ["--out", "one"])
+    z, y = torch.cat(asked["z"]).flatten(0, 1), torch.cat(asked["y"])  # all images, once
+    assert z.mean(0).abs().max() < 0.1 and (z.std(0) - 1).abs().max() < 0.1
+    kept = y[y < 10].bincount(minlength=10)
+    assert 120 < (y == 10).sum() < 180 and kept.min() > 4
+    assert asked["alpha"] == [(150, "logit-normal", (4 * z.shape[1] / 4096) ** 0.5)] * 2
+    assert asked["clip"] == [1.0] * 2
+    other = "--label-drop 0 --alpha 3 --grad-clip 0 --time-law uniform --decoder-dir one/decoder"
+    script.main(flags + other.split() + ["--out", "two"])
+    assert asked["alpha"][2:] == [(150, "uniform", 3.0)] * 2
+    assert (torch.cat(asked["y"][2:]) < 10).all() and asked["clip"][2:] == [math.inf] * 2
+
+
+def test_lpips_is_added_to_l1_with_weight_one(small_data, monkeypatch):
+    asked = []
+
+    def lpips(one, two):
+        asked.append((one, two))
+        return (one - one.detach()).mean((1, 2, 3), keepdim=True) + 0.7
+
+    monkeypatch.setattr(script, "load_lpips", lambda device: lpips)
+    script.main(SMALL + ["--perceptual", "lpips", "--steps", "1", "--out", "run"])
+    rows = lines("run/decoder")
+    assert all(row["loss"] == pytest.approx(row["l1"] + 0.7) for row in rows)
+    x_hat, x = asked[0]
+    assert x_hat.requires_grad and x.min() < -0.5 and x.max() <= 1  # in [-1, 1], not [0, 1]
+    assert rows[0]["l1"] == pytest.approx((x_hat - x).abs().mean().item() / 2)
 
 
 def test_runs_share_a_decoder_which_the_second_stage_leaves_alone(small_data, refuses):
@@ -480,9 +562,12 @@ def test_adversarial_term_starts_at_half_and_the_critic_sees_clean_8_bit_images(
     script.main(SMALL + flags.split() + ["--out", "run"])
     rows = lines("run/decoder")
     assert [row["w_gan"] > 0 for row in rows] == [False] * 8 + [True] * 8  # epoch 8 of 16
-    assert len(asked) == 48  # of a step: the decoder's output, real images, decoded anew
+    assert [row["hinge"] > 0 for row in rows] == [False] * 6 + [True] * 10
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["l1"] + row["w_gan"] * row["adversarial"])
+    assert len(asked) == 28  # of a step from 8 on: the decoder's output, real images, decoded anew
     step = 12
-    noisy, real, fake = asked[3 * step : 3 * step + 3]
+    noisy, real, fake = asked[3 * step - 20 : 3 * step - 17]
     assert noisy[1] and not noisy[2] and real[2] and not fake[1]
     for images, *_ in (real, fake):
         assert ((images + 1) * 127.5 - ((images + 1) * 127.5).round()).abs().max() < 1e-4
@@ -493,8 +578,8 @@ def test_adversarial_term_starts_at_half_and_the_critic_sees_clean_8_bit_images(
     clean = net(load_encoder("assets/teacher.safetensors", 6, "plain")(real[0]))
     assert (clean.clamp(-1, 1) - fake[0]).abs().max() < 0.5 / 127.5 + 1e-4
     assert (noisy[0] - fake[0]).abs().mean() > 0.02  # tau 5: far from it
-    start, six = (load_checkpoint("run/decoder/last.pt")["critic_opt"], rows[5]["hinge"])
-    assert start["param_groups"][0]["lr"] == rows[-1]["lr"] and six > 0
+    critic_opt = load_checkpoint("run/decoder/last.pt")["critic_opt"]
+    assert critic_opt["param_groups"][0]["lr"] == rows[-1]["lr"]
 
 
 def test_critic_learns_from_the_sixth_epoch_on(small_data, monkeypatch):
@@ -578,6 +663,9 @@ def test_weak_network_guides_and_must_fit(small_data, refuses):
     guided = ["--sample", "run/last.pt", "--guidance", "3", "--weak"]
     refuses(lambda: script.main(guided[:2] + ["--weak", "weak/last.pt"]), "guidance 1")
     refuses(lambda: script.main(guided + ["none.pt"]), "none.pt")
+    latents = entries["latents"]
+    torch.save(entries | {"latents": latents + 0.2}, "weak/latents.pt")
+    refuses(lambda: script.main(guided + ["weak/latents.pt"]), "weak/latents.pt", "mean")
     entries["config"] = entries["config"] | {"patch": 2}
     torch.save(entries, "weak/patch.pt")
     refuses(lambda: script.main(guided + ["weak/patch.pt"]), "weak/patch.pt", "patch 2")
@@ -640,6 +728,95 @@ def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
     assert {k: w.shape for k, w in teacher.items()} == {k: w.shape for k, w in weights[0].items()}
     same = lambda a, b: all(torch.equal(w, b[name]) for name, w in a.items())
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+def test_gap_is_what_the_best_linear_denoiser_of_so_many_dimensions_loses():
+    """Least squares on samples: full rank, and the best of a lower rank (of its fitted values)."""
+    n, count, generator = 5, 400_000, torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(*shape, dtype=double, generator=generator)
+    std = torch.tensor([0.2, 0.6, 1.0, 1.4, 2.0], dtype=double)
+    turn = torch.linalg.qr(normal(n, n)).Q
+    z, eps = normal(count, n) * std @ turn.T, normal(count, n)
+    t = torch.tensor([0.15, 0.5, 0.85], dtype=double)
+    fitted = []
+    for u in t:
+        zt, v = (1 - u) * z + u * eps, eps - z
+        fitted.append(zt @ torch.linalg.lstsq(zt, v).solution)
+    full = sum((fit - (eps - z)).square().sum(1).mean() for fit in fitted) / 3
+    moment = sum(fit.T @ fit / count for fit in fitted) / 3
+    for width in (1, 3, 5):
+        P = torch.linalg.eigh(moment).eigenvectors[:, n - width :]
+        narrow = sum((fit @ P @ P.T - (eps - z)).square().sum(1).mean() for fit in fitted) / 3
+        gap = claim.linear_gap(std**2, t, width)
+        assert gap == pytest.approx((narrow - full).item() / n, abs=4e-3), width
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_arms_differ_and_the_head_costs_what_the_wide_transformer_does(preset):
+    seen = {}
+    for name, flags in claim.ARMS.items():
+        flags = [*flags, *claim.ALSO[preset].get(name, [])]
+        cfg = claim.parse(preset, claim.TEACHER, 0, "out", "cpu", flags)
+        seen[name] = cfg
+    plain = {"random", "pixels"}  # differ in the encoder
+    different = {str(cfg) for name, cfg in seen.items() if name not in plain}
+    assert len(different) == len(seen) - len(plain)
+    assert seen["d 96, deep"].depth == 2 * seen["d 96"].depth
+    alphas = [seen[name].alpha for name in claim.SWEEP]
+    assert alphas == sorted(set(alphas)) and alphas[0] == 1
+    cost = {}
+    for name in ("d 192", "d 96 + head", "d 96"):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            side, y = seen[name].image_size // 4, torch.zeros(1, dtype=torch.int64)
+            script.build(seen[name], 160, 10)(torch.empty(1, side**2, 160), torch.empty(1), y)
+        cost[name] = counter.get_total_flops()
+    assert abs(cost["d 96 + head"] / cost["d 192"] - 1) < 0.05
+    assert cost["d 96"] < 0.35 * cost["d 192"]
+
+
+def test_arms_of_the_images_run_on_one_another(tmp_path, monkeypatch):
+    few = lambda size, device, split: few_shapes(SimpleNamespace(image_size=size), device, split)
+    monkeypatch.setattr(claim, "images", few)
+    monkeypatch.setattr(claim, "reference", lambda size, device: (
+        judge, claim.statistics(judge, few(size, device, "all").images)))
+    flags = SMALL + ["--image-size", "16", "--alpha", "2"]
+    monkeypatch.setitem(claim.FLAGS, "cpu", " ".join(flags))
+    monkeypatch.setitem(claim.STEPS, "cpu", 2)
+    monkeypatch.setitem(claim.COUNT, "cpu", 60)
+    monkeypatch.setattr(claim, "start", lambda preset: None)
+    judge = claim.load_judge("shapes", 16)
+    run = lambda f, *args: f("cpu", *args)
+    found = {}
+    for tau in (0, 0.8):
+        found[tau] = run(claim.decoder_arm, claim.TEACHER, 0, tmp_path / f"{tau}", "cpu",
+                         ["--tau", tau])
+        assert load_checkpoint(tmp_path / f"{tau}/decoder/last.pt")["config"]["tau"] == tau
+    noisy, clean = tmp_path / "0.8", tmp_path / "0"
+    arms = {"strong": ("teacher", [], noisy, clean), "pixels": ("pixels", [], None, None),
+            "weak": ("teacher", claim.WEAK, noisy, clean)}
+    for name, (kind, flags, *decoders) in arms.items():
+        found[name] = run(claim.image_arm, kind, claim.TEACHER, 0, tmp_path / name, "cpu", flags,
+                          *decoders)
+        assert not (tmp_path / name / "decoder").exists()  # it took the one it was given
+    assert found["strong"]["rfd"] == pytest.approx(found[0.8]["rfd"], rel=1e-3)
+    assert found["pixels"]["rfd"] < found["strong"]["rfd"]  # nothing is lost
+    assert found["strong"]["fd"] != found["strong"]["fd_clean"]
+    assert found["pixels"]["floor"] == 0 < found["strong"]["loss"]
+    for name in ("w 1.00001", "w 2.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(claim, "setup", lambda cfg: torch.device("cpu"))  # of auto
+    guided = [run(claim.guidance_arm, 0, tmp_path / f"w {w}", "auto", w, tmp_path / "strong",
+                  tmp_path / "weak", noisy) for w in (1.00001, 2.0)]
+    assert guided[0]["fd"] == pytest.approx(found["strong"]["fd"], rel=1e-2)  # the same noise
+    assert guided[1]["fd"] != guided[0]["fd"]
+
+
+def test_arm_begun_by_other_code_is_not_continued(tmp_path, refuses):
+    report = claim.open_report("rae", "", ["--out", "arms", "--results", "results"])
+    Path("arms/images_d_192_0").mkdir(parents=True)
+    Path("arms/images_d_192_0/code").write_text("another")
+    jobs = {("images", "d 192", 0): (claim.shift_arm, 16)}
+    refuses(lambda: claim.run(report, None, jobs), "other code", "--reuse")
 
 
 @pytest.mark.slow
