@@ -42,6 +42,14 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "alignment": "tokenizers/psnr: d 32 plain | d 32 VF",
         "probe": "tokenizers/probe: d 32 plain | d 32 VF",
         "uniformity": "tokenizers/cv: d 32 plain | d 32 VF"},
+    "rae": {
+        "width": "loss: net 16 | net 64 | net 96 | DiT 16 | DiT 16, deep | DiT 16 + head 96",
+        "shift": "share: m 16 | m 4096 | m 196608",
+        "robust": "psnr_0.5: tau 0 | tau 0.8",
+        "widths": "images/fd: d 48 | d 96 | d 192", "head": "images/fd: d 96 | d 96 + head | d 192",
+        "shifts": "images/fd: alpha 1 | d 192 | alpha 3 | alpha 6",
+        "decoders": "images/fd_clean: d 192", "encoders": "images/fd: d 192 | random | pixels",
+        "guidance": "fd: w 1.25 | w 1.5 | w 2"},
     "repa": {
         "teacher": "probe: teacher | random | pixels",
         "probe": "arms/probe: vanilla | REPA | iREPA | random | shuffled",
