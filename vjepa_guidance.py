@@ -49,7 +49,7 @@ class Config:
     ema_decay: float = 0.998  # of the generator that is sampled, and of the target of V-JEPA 2
     log_every: int = 50  # steps between two lines in metrics.jsonl
     save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1000  # steps between two checks of health and animations
+    sample_every: int = 1500  # steps between two checks of health and animations
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 8000  # training clips of both stages, made at the start

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -691,6 +694,31 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [[], TINY], ids=["frozen", "tiny"])
+def test_two_ranks_train_both_stages_and_sample_as_one(world):
+    def run(*flags, ranks):
+        head = [sys.executable]
+        if ranks > 1:
+            head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                     "--"]
+        path = Path(script.__file__)
+        done = subprocess.run(head + [str(path), *flags], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    run(*SMALL, *world, "--out", "two", ranks=2)
+    saved = load_checkpoint("two/last.pt")
+    assert saved["step"] == 4 and load_checkpoint("two/generator/last.pt")["step"] == 3
+    lines = [json.loads(x) for x in Path("two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [2, 4] and lines[-1]["rank"] > 1
+    for ranks in (1, 2):  # 104 clips: the second rank has the last four
+        run("--sample", "two/last.pt", "--n", "104", "--device", "cpu", "--out", f"s{ranks}",
+            ranks=ranks)
+    assert Path("s1/sample.gif").read_bytes() == Path("s2/sample.gif").read_bytes()
+    assert frames_of("s2/sample.gif")[0] == (5 * 66, 104 * 66)
+
+
 # ---- the claim's instruments -----------------------------------------------------------
 
 
@@ -756,7 +784,36 @@ def test_copied_features_surprise_by_motion_only_and_pixel_errors_are_squares():
 
     class Ahead(script.WorldModel):
         def predict(self, context, N):  # off by 0.5 everywhere
-            return self.target(context)[:, -1:].expand(-1, N - context.shape[2], -1) + 0.5
+            z = self.target(context)
+            return z[:, -3:].repeat(1, (N - z.shape[1]) // 3, 1) + 0.5
 
-    pixels = Ahead(claim.Pixels(), None, (8, 1, 1))
+    pixels = Ahead(claim.Pixels(), None, (8, 3, 1))
+    tokens = pixels.target(video)  # frame by frame, channel by channel, at half the size
+    assert tokens.shape == (4, 24, 64)
+    block = video[1, 2, 5, 2:4, 4:6].mean()  # clip 1, frame 5, channel 2, row 1, column 2
+    assert torch.allclose(tokens[1, 5 * 3 + 2, 1 * 8 + 2], block)
     assert torch.allclose(claim.pixel_error(still, pixels, 2, 4, 2), torch.full((4,), 0.25))
+
+
+def test_frozen_tokens_are_the_channels_of_the_frames():
+    video = bouncing_balls(4, 8, 16, 0).videos.float() / 127.5 - 1
+    codec = script.FrozenCodes(16, 50)
+    codec.fit(video)
+    tokens = codec(video)
+    assert tokens.shape == (4, 24, 40)  # the first 40 of 50 components
+    x = (video[1, 2, 5].flatten() - codec.mean) @ codec.basis[:40].T / codec.std[:40]
+    assert torch.allclose(tokens[1, 5 * 3 + 2], x, atol=1e-4)
+    other = video.clone()
+    other[:, :, 5:] = 0
+    assert torch.equal(codec(other)[:, :15], tokens[:, :15])  # no token sees another frame
+
+
+def test_verdicts_of_the_claim_leave_open_what_its_interval_does_not_settle():
+    from tests.claims import vjepa_guidance as claim
+
+    assert claim.below(-2, -1) is True and claim.below(1, 2) is False
+    assert claim.below(-1, 1) is None and claim.below(math.nan, 1) is None
+    assert claim.judge({1: True, 2: True}) == "as in the paper"
+    assert claim.judge({1: True, 2: None}) == claim.judge({1: None}) == "not resolved"
+    assert claim.judge({1: True, 2: None, 3: False}) == claim.judge({1: True, 2: False}) == "partly"
+    assert claim.judge({1: False, 2: None}) == "contradicted"
