@@ -43,13 +43,13 @@ pixel       -reward: squared error of a predictor of pixels, trained alike; copy
 refined     predict-and-perturb with self_refine.py's default plan; Euler has as many evaluations
 All N-fold choices share 16 candidates a condition: for N < 16 mean over the 16 / N groups.
 
-Seen before, in pilots on other clips (384 or 192), one network each:
-E with a whole frame as a token, 4,000 steps: freeze 0.53, stop 0.84, upwards 0.94, through 0.11, the
-other laws 0.99 or more, reversed 0.53. By it, the best of 16 of Euler had 7.6 of 10.1, copy-last 7.6;
-refined 4.8 of 6.0, copy-last 4.8. That is why a channel of a frame became a token. With that, freeze,
-stop, upwards and through: 0.60, 0.93, 0.97, 0.49 after 2,757 steps; the same at twice the learning
-rate; 0.71, 0.95, 0.98, 0.74 after 6,614. Trained on windows of 12, judged by 4/12/1: 0.82, 0.96,
-0.89, 0.32. So freeze and through are expected to miss their bound here, for want of training.
+Seen before, in pilots on other clips (384 or 192), one network each: E with a whole frame as a
+token, 4,000 steps: freeze 0.53, stop 0.84, upwards 0.94, through 0.11, the other laws 0.99 or more,
+reversed 0.53. By it, the best of 16 of Euler had 7.6 of 10.1, copy-last 7.6; refined 4.8 of 6.0,
+copy-last 4.8. That is why a channel of a frame became a token. With that, freeze, stop, upwards and
+through: 0.60, 0.93, 0.97, 0.49 after 2,757 steps; the same at twice the learning rate; 0.71, 0.95,
+0.98, 0.74 after 6,614. Trained on windows of 12, judged by 4/12/1: 0.82, 0.96, 0.89, 0.32. So
+freeze and through are expected to miss their bound here, for want of training.
 """
 import functools
 import math
