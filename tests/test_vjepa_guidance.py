@@ -817,3 +817,48 @@ def test_verdicts_of_the_claim_leave_open_what_its_interval_does_not_settle():
     assert claim.judge({1: True, 2: None}) == claim.judge({1: None}) == "not resolved"
     assert claim.judge({1: True, 2: None, 3: False}) == claim.judge({1: True, 2: False}) == "partly"
     assert claim.judge({1: False, 2: None}) == "contradicted"
+
+
+def test_tables_verdicts_and_figure_of_the_claim_from_a_made_up_record(monkeypatch):
+    from tests.claims import physics as instruments
+    from tests.claims import report as reports
+    from tests.claims import vjepa_guidance as claim
+
+    few = lambda f, *m, draws=0: instruments.interval(f, *m, draws=20)
+    monkeypatch.setattr(claim, "interval", few)
+    clips = bouncing_balls(6, 16, 16, 0)
+    shown = [claim.render(clips.tracks * (1 + 0.02 * k * torch.rand(6, 16, 3, 1)), clips)
+             for k in range(16)]
+    physics = claim.measured(torch.stack(shown), clips)  # candidate 0 is the real clip
+    score = torch.arange(16.0)[:, None].expand(16, 6) + 0.1 * torch.rand(16, 6)
+    names = ["frozen", *claim.REWARDS]
+    S = {(kind, name): score if name == "frozen" else torch.rand(16, 6)
+         for kind in claim.KINDS for name in names}
+    S |= {(kind, "oracle"): claim.residual_of(physics) for kind in claim.KINDS}
+    found = {"S": score[:1], "m": {k: v[:1] for k, v in physics.items()}}
+    four = {"S": score[:4], "m": {k: v[:4] for k, v in physics.items()}}
+    arms = ["none", *(f"{eta} target" for eta in claim.ETAS), "0.01 context", "0.01 both"]
+    out = {
+        "violations": {"frozen": dict.fromkeys([*claim.BROKEN, "reversed"], 0.5)},
+        "health": {"frozen": {"std": 0.9, "rank": 20.0}}, "nfe": 26, "S": S,
+        "physics": {"Euler": physics, "refined": physics, "real": {k: v[:1] for k, v in
+                                                                   physics.items()}},
+        "windows": {("frozen", name): score for name in ["4/8/1", *claim.WINDOWS, "4/8/1 token"]},
+        "guidance": {("frozen", name): found for name in arms}
+        | {("frozen", f"{name}, 4"): four for name in ("none", "0.01 target")}}
+    rows = claim.tables(out, ("frozen",))
+    reward = rows["reward", "Euler, frozen"]
+    assert reward["residual_16"] < reward["residual_4"] < reward["residual_1"]  # smaller k first
+    assert rows["refine", "Euler, best of 16 (frozen)"]["residual"] == reward["residual_16"]
+    assert rows["speed", "Euler (frozen)"]["rho_residual"] > 0.5
+    assert rows["reward", "Euler, oracle"]["residual_16"] <= reward["residual_16"]
+    assert rows["reward", "Euler, random"]["frozen_difference"] < 0
+    report = reports.open_report("vjepa_guidance", "doc", [])
+    for (table, name), row in rows.items():
+        reports.arm(report, table, name, 0, lambda folder, row=row: row)
+    claim.judge_claims(report, ("frozen",))
+    claim.draw_figure(report, ("frozen",))
+    verdicts = {c["table"]: c["agrees"] for c in report["json"]["claims"]}
+    assert verdicts["violations"] == "partly" and verdicts["both"] == "as in the paper"
+    assert verdicts["guidance"] == "partly"  # surprise is that of the same clips
+    assert len(verdicts) == 7 and Path("results/vjepa_guidance_cpu.png").exists()
