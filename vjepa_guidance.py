@@ -46,10 +46,10 @@ class Config:
     batch_size: int = 64  # clips per step, summed over all GPUs
     steps: int = 3000  # optimizer steps of the last stage, the world model
     lr: float = 1.5e-3  # AdamW, of both stages; falls to 0 over the last half
-    ema_decay: float = 0.998  # of the generator's weights that are sampled
+    ema_decay: float = 0.998  # of the generator that is sampled, and of the target of V-JEPA 2
     log_every: int = 50  # steps between two lines in metrics.jsonl
     save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1000  # steps between two checks of health and animations
+    sample_every: int = 1500  # steps between two checks of health and animations
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 8000  # training clips of both stages, made at the start
@@ -138,9 +138,9 @@ class FramePCA(nn.Module):
         return rearrange(x, "b c f (h w) -> b c f h w", h=self.size)
 
 class FrozenCodes(FramePCA):
-    """E of --world frozen: a frame is one token, its first 40 components, visible or not."""
-    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, F, 120)
-        return rearrange(self.encode(video)[:, :40], "b k f c 1 -> b f (c k)")
+    """E of --world frozen: 40 components of a frame's channel are a token, visible or not."""
+    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, 3 F, 40)
+        return rearrange(self.encode(video)[:, :40], "b k f c 1 -> b (f c) k")
 
 def load_videos(cfg, device):
     """Training clips uint8 (M, 3, F, S, S), labels (M,), and the frame PCA of the first 500."""
@@ -313,8 +313,7 @@ def init_vit(net, blocks):
             layer.weight.data /= (2 * i)**0.5
 
 class VideoEncoder(nn.Module):
-    """E of V-JEPA 2, a ViT of tubelets: clip (B, 3, F, S, S) in [-1, 1] -> (B, N, D), N = T H W.
-    size  for published weights: side that clips are resized to, with ImageNet's mean and std"""
+    """E of V-JEPA 2, a ViT of tubelets: clip (B, 3, F, S, S) in [-1, 1] -> (B, N, D), N = T H W."""
     def __init__(self, grid, patch, dim, depth, heads, hidden, tiled=False, size=0):
         super().__init__()
         tube, self.size = (2, patch, patch), size
@@ -324,7 +323,7 @@ class VideoEncoder(nn.Module):
         self.register_buffer("table", rope_3d(grid, dim // heads, tiled), persistent=False)
         init_vit(self, self.blocks)
     def forward(self, video, visible=None):  # no token attends to hidden ones
-        if self.size:
+        if self.size:  # published weights: clips are resized to this side, white by ImageNet
             x = rearrange(video, "b c f h w -> (b f) c h w") * 0.5 + 0.5
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
             mean, std = x.new_tensor([0.485, 0.456, 0.406, 0.229, 0.224, 0.225]).view(2, 3, 1, 1)
@@ -363,8 +362,7 @@ class WorldModel(nn.Module):
         return self.predictor(h, visible), z, h
     def predict(self, context, N):
         """Features of a window of N tokens behind the frames of context: (B, N - n, D)."""
-        h = self.encoder(context)  # has never seen what follows
-        n = h.shape[1]
+        n = (h := self.encoder(context)).shape[1]  # has never seen what follows
         visible = (torch.arange(N, device=h.device) < n).expand(len(h), N)
         return self.predictor(F.pad(h, (0, 0, 0, N - n)), visible)[:, n:]
 
@@ -391,11 +389,17 @@ def load_official(weights, key, mask_index, frames):
 
 # ---- method ----------------------------------------------------------------------------
 
-def flow_loss_given(net, z1, y, t):
-    """flow_loss of self_refine.py: E |u - (z1 - z0)|^2, given frames are clean and do not count."""
-    z0, time = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
-    z = torch.cat([z1[:, :, :GIVEN], (time * z1 + (1 - time) * z0)[:, :, GIVEN:]], 2)
-    return (net(z, t, y).float() - (z1 - z0))[:, :, GIVEN:].square().mean()  # float32 again
+def flow_loss(net, z1, y, t, given):
+    """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
+
+    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2 (Eq. 3): for every fixed t the loss of a
+    denoising autoencoder, which can be asked again and again.
+    """
+    z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
+    z = t5 * z1 + (1 - t5) * z0
+    z = torch.cat([z1[:, :, :given], z[:, :, given:]], 2)
+    u = net(z, t, y).float()  # float32 again: only the network runs in bf16
+    return (u - (z1 - z0))[:, :, given:].square().mean()
 
 def hide_boxes(n, grid, count, share, device):
     """n unions of `count` boxes of `share` of the frame, aspect 0.75 to 1.5: bool (n, H, W)."""
@@ -450,7 +454,6 @@ def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
     similar = F.cosine_similarity(z_hat, z, {"feature": 2, "token": 1}[cos]).mean(1)
     return 1 - similar.unflatten(0, (len(video), -1)).mean(1)
 
-@torch.no_grad()
 def health(world, video, tracks, S):
     """What tells a collapse, on held-out clips (B, 3, F, S, S), tracks (B, F, 3, 4): std over clips
     and rank, exp(entropy of the spectrum), of target features after LN; mean S, and of the frames
@@ -461,8 +464,7 @@ def health(world, video, tracks, S):
     x, y = torch.cat([x[:, :-1], x[:, 1:]], 2), y[:, :-1]  # (B, T - 1, 2 H W D), (B, T - 1, 4)
     x, y = x - x[:half].mean((0, 1)), y - y[:half].mean((0, 1))
     (x, x_new), (y, y_new) = ([w[:half].flatten(0, 1), w[half:].flatten(0, 1)] for w in (x, y))
-    K = x @ x.T
-    K.diagonal().mul_(1.001)
+    K = x @ x.T * (1 + 0.001 * torch.eye(len(x)).to(x))
     r2 = 1 - (x_new @ x.T @ torch.linalg.solve(K, y) - y_new).square().mean(0) / y_new.var(0)
     order = torch.randperm(video.shape[2], generator=torch.Generator().manual_seed(0))
     numbers = (z.std(0).mean(), (-p * p.log()).sum().exp(), S(video).mean(),
@@ -486,7 +488,7 @@ def guided_step(velocity, decode, S, z, t, eta):
 def sample_guided(net, decode, S, z, y, cond, sampling_steps, eta=0.0, skip=0, every=1):
     """Euler steps from noise z (B, C, F, H, W) to data, its first frames cond; y (B,): labels. From
     step `skip` on, before it x_hat is a blur, every `every`-th is guided; eta = 0: none is."""
-    def velocity(z, t):  # sees cond in place of the first frames, and leads them there
+    def velocity(z, t):  # conditional_velocity of self_refine.py without its guidance by labels
         u = net(torch.cat([cond, z[:, :, GIVEN:]], 2), z.new_full((len(z),), t), y).float()
         return torch.cat([(cond - z[:, :, :GIVEN]) / (1 - t), u[:, :, GIVEN:]], 2)
     for i in range(sampling_steps):
@@ -503,13 +505,14 @@ def build(cfg, codec):
     net = VideoDiT((cfg.components, cfg.frames, 3, 1), 1, 1, 3, cfg.dim, cfg.depth, heads=4)
     if cfg.world == "official":
         return net, load_official(cfg.weights, cfg.weights_key, cfg.mask_index, cfg.frames)
-    grid, encoder, width = (cfg.frames, 1, 1), codec, 3 * min(40, cfg.components)
+    grid, encoder, width = (cfg.frames, 3, 1), codec, min(40, cfg.components)
     if cfg.world == "tiny":
         grid, width = (cfg.frames // 2, cfg.image_size // 4, cfg.image_size // 4), cfg.world_dim
         encoder = VideoEncoder(grid, 4, width, 6, width // 32, 4 * width)
     predictor = LatentPredictor(grid, width, cfg.predictor_dim, depth=4)
     return net, WorldModel(encoder, predictor, grid, cfg.world == "tiny")
 
+@torch.no_grad()
 def show_rows(net, codec, world, cfg, device, path):
     """Continue cfg.n held-out clips. GIF: a row a clip, real | one sample | guided | best of N |
     best of N guided; PNG: the frames of clip 2, a row each. Returns the world model's health."""
@@ -525,8 +528,7 @@ def show_rows(net, codec, world, cfg, device, path):
                     z = sample_guided(net, codec.decode, S, noise, y[index], z1[:, :, :GIVEN],
                                       cfg.sampling_steps, eta, cfg.skip, cfg.every)
                 candidates.append(codec.decode(z).clamp(-1, 1))
-        with torch.no_grad():
-            best = [best_of_n(torch.stack(c), torch.stack([*map(S, c)])) for c in drawn.values()]
+        best = [best_of_n(torch.stack(c), torch.stack([*map(S, c)])) for c in drawn.values()]
         rows = [videos[index], *(candidates[0] for candidates in drawn.values()), *best]
         parts.append((index, to_uint8(torch.stack(rows, 1))))
     rows = gather(parts)  # (n, 5, 3, F, S, S); without guidance 3 instead of 5
@@ -535,7 +537,7 @@ def show_rows(net, codec, world, cfg, device, path):
     return {} if cfg.world == "official" else health(world, videos[cfg.n:], clips.tracks[cfg.n:], S)
 
 def train_stage(cfg, model, decay, loss, average, check=lambda path: {}, **extra):
-    """Train one stage by loss(indices); average(step): an EMA; check(path): pictures, numbers."""
+    """Train one stage by loss(indices). average: an EMA and its source; check(path): numbers."""
     checks, trained = {}, [w for w in model.parameters() if w.requires_grad]
     groups = [{"params": [w for w in trained if w.ndim > 1], "weight_decay": decay},
               {"params": [w for w in trained if w.ndim <= 1], "weight_decay": 0.0}]
@@ -549,7 +551,7 @@ def train_stage(cfg, model, decay, loss, average, check=lambda path: {}, **extra
             group["lr"] = cfg.lr * min(1, (step + 1) / 100, 2 - 2 * step / cfg.steps)
         opt.step()
         opt.zero_grad()
-        average(step)
+        ema_update(*average, cfg.ema_decay, step) if average else None
         if due(cfg, cfg.sample_every, step):
             checks = check(f"{cfg.out}/samples_{step + 1:07d}")
         log(cfg, state, step, loss=value, lr=group["lr"], grad_norm=grad_norm, **checks)
@@ -565,7 +567,7 @@ def train(cfg):
     def generator_loss(i):
         z1, t = codec.encode(videos[i].float() / 127.5 - 1), torch.rand(len(i), device=device)
         with autocast(cfg, device):
-            return flow_loss_given(net, z1, labels[i], t)
+            return flow_loss(net, z1, labels[i], t, GIVEN)
     def world_loss(i):
         T, k = world.grid[0] * cfg.W // cfg.frames, torch.randint(cfg.frames - cfg.W + 1, ()).item()
         visible = draw_visible(len(i), (T, *world.grid[1:]), cfg.masks, device)
@@ -574,11 +576,9 @@ def train(cfg):
             return jepa_loss(world_net, x, visible, float(world.tiny))
     first = dataclasses.replace(cfg, out=f"{cfg.out}/generator", steps=cfg.generator_steps)
     setup(first, "steps")
-    train_stage(first, model, 0.0, generator_loss,
-                lambda step: ema_update(ema, model, cfg.ema_decay, step), ema=ema, codec=codec)
-    train_stage(cfg, world, 0.04, world_loss, ema=ema, codec=codec,
-                average=lambda step: world.tiny and ema_update(world.target, world.encoder, 0.998),
-                check=lambda path: show_rows(ema, codec, world, cfg, device, path))
+    train_stage(first, model, 0.0, generator_loss, (ema, model), ema=ema, codec=codec)
+    train_stage(cfg, world, 0.04, world_loss, world.tiny and (world.target, world.encoder),
+                lambda path: show_rows(ema, codec, world, cfg, device, path), ema=ema, codec=codec)
 
 def sample(cfg):
     """Continue cfg.n held-out clips with the networks of the checkpoint cfg.sample."""

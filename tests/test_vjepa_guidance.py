@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -460,7 +463,7 @@ def test_generator_loss_against_its_definition_and_without_the_given_frames():
         return 0.5 * z
 
     torch.manual_seed(3)
-    loss = script.flow_loss_given(net, z1, y, t)
+    loss = script.flow_loss(net, z1, y, t, 2)
     torch.manual_seed(3)
     z0 = torch.randn_like(z1)
     z = torch.stack([t[b] * z1[b] + (1 - t[b]) * z0[b] for b in range(5)])
@@ -595,7 +598,7 @@ def test_end_to_end_writes_stages_metrics_and_pictures(world):
     assert any(moved) is bool(world)  # an EMA of what is trained, or the same
 
 
-@pytest.mark.parametrize("world, tokens", [([], 4), (TINY, 2 * 16)], ids=["frozen", "tiny"])
+@pytest.mark.parametrize("world, tokens", [([], 4 * 3), (TINY, 2 * 16)], ids=["frozen", "tiny"])
 def test_world_model_is_trained_on_windows_from_everywhere(world, tokens, monkeypatch):
     seen = []
 
@@ -635,7 +638,7 @@ def test_only_the_predictor_of_a_frozen_world_is_trained_and_targets_of_tiny_are
     script.main(SMALL + TINY[:4] + ["--out", "tiny", "--steps", "1"])
     saved = load_checkpoint("tiny/last.pt")["model"]
     for name, w in start.items():
-        expected = 0.998 * w + 0.002 * saved["encoder." + name]
+        expected = 0.1 * w + 0.9 * saved["encoder." + name]  # (1 + k) / (10 + k) in step k = 0
         assert torch.allclose(saved["target." + name], expected, atol=1e-7), name
 
 
@@ -689,6 +692,31 @@ def test_sample_with_published_weights_ranks_by_them(refuses, monkeypatch):
 def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
     refuses(lambda: script.main([*flags, "--out", "run"]), *words)
     assert not Path("run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [[], TINY], ids=["frozen", "tiny"])
+def test_two_ranks_train_both_stages_and_sample_as_one(world):
+    def run(*flags, ranks):
+        head = [sys.executable]
+        if ranks > 1:
+            head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                     "--"]
+        path = Path(script.__file__)
+        done = subprocess.run(head + [str(path), *flags], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    run(*SMALL, *world, "--out", "two", ranks=2)
+    saved = load_checkpoint("two/last.pt")
+    assert saved["step"] == 4 and load_checkpoint("two/generator/last.pt")["step"] == 3
+    lines = [json.loads(x) for x in Path("two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [2, 4] and lines[-1]["rank"] > 1
+    for ranks in (1, 2):  # 104 clips: the second rank has the last four
+        run("--sample", "two/last.pt", "--n", "104", "--device", "cpu", "--out", f"s{ranks}",
+            ranks=ranks)
+    assert Path("s1/sample.gif").read_bytes() == Path("s2/sample.gif").read_bytes()
+    assert frames_of("s2/sample.gif")[0] == (5 * 66, 104 * 66)
 
 
 # ---- the claim's instruments -----------------------------------------------------------
@@ -756,7 +784,81 @@ def test_copied_features_surprise_by_motion_only_and_pixel_errors_are_squares():
 
     class Ahead(script.WorldModel):
         def predict(self, context, N):  # off by 0.5 everywhere
-            return self.target(context)[:, -1:].expand(-1, N - context.shape[2], -1) + 0.5
+            z = self.target(context)
+            return z[:, -3:].repeat(1, (N - z.shape[1]) // 3, 1) + 0.5
 
-    pixels = Ahead(claim.Pixels(), None, (8, 1, 1))
+    pixels = Ahead(claim.Pixels(), None, (8, 3, 1))
+    tokens = pixels.target(video)  # frame by frame, channel by channel, at half the size
+    assert tokens.shape == (4, 24, 64)
+    block = video[1, 2, 5, 2:4, 4:6].mean()  # clip 1, frame 5, channel 2, row 1, column 2
+    assert torch.allclose(tokens[1, 5 * 3 + 2, 1 * 8 + 2], block)
     assert torch.allclose(claim.pixel_error(still, pixels, 2, 4, 2), torch.full((4,), 0.25))
+
+
+def test_frozen_tokens_are_the_channels_of_the_frames():
+    video = bouncing_balls(4, 8, 16, 0).videos.float() / 127.5 - 1
+    codec = script.FrozenCodes(16, 50)
+    codec.fit(video)
+    tokens = codec(video)
+    assert tokens.shape == (4, 24, 40)  # the first 40 of 50 components
+    x = (video[1, 2, 5].flatten() - codec.mean) @ codec.basis[:40].T / codec.std[:40]
+    assert torch.allclose(tokens[1, 5 * 3 + 2], x, atol=1e-4)
+    other = video.clone()
+    other[:, :, 5:] = 0
+    assert torch.equal(codec(other)[:, :15], tokens[:, :15])  # no token sees another frame
+
+
+def test_verdicts_of_the_claim_leave_open_what_its_interval_does_not_settle():
+    from tests.claims import vjepa_guidance as claim
+
+    assert claim.below(-2, -1) is True and claim.below(1, 2) is False
+    assert claim.below(-1, 1) is None and claim.below(math.nan, 1) is None
+    assert claim.judge({1: True, 2: True}) == "as in the paper"
+    assert claim.judge({1: True, 2: None}) == claim.judge({1: None}) == "not resolved"
+    assert claim.judge({1: True, 2: None, 3: False}) == claim.judge({1: True, 2: False}) == "partly"
+    assert claim.judge({1: False, 2: None}) == "contradicted"
+
+
+def test_tables_verdicts_and_figure_of_the_claim_from_a_made_up_record(monkeypatch):
+    from tests.claims import physics as instruments
+    from tests.claims import report as reports
+    from tests.claims import vjepa_guidance as claim
+
+    few = lambda f, *m, draws=0: instruments.interval(f, *m, draws=20)
+    monkeypatch.setattr(claim, "interval", few)
+    clips = bouncing_balls(6, 16, 16, 0)
+    shown = [claim.render(clips.tracks * (1 + 0.02 * k * torch.rand(6, 16, 3, 1)), clips)
+             for k in range(16)]
+    physics = claim.measured(torch.stack(shown), clips)  # candidate 0 is the real clip
+    score = torch.arange(16.0)[:, None].expand(16, 6) + 0.1 * torch.rand(16, 6)
+    names = ["frozen", *claim.REWARDS]
+    S = {(kind, name): score if name == "frozen" else torch.rand(16, 6)
+         for kind in claim.KINDS for name in names}
+    S |= {(kind, "oracle"): claim.residual_of(physics) for kind in claim.KINDS}
+    found = {"S": score[:1], "m": {k: v[:1] for k, v in physics.items()}}
+    four = {"S": score[:4], "m": {k: v[:4] for k, v in physics.items()}}
+    arms = ["none", *(f"{eta} target" for eta in claim.ETAS), "0.01 context", "0.01 both"]
+    out = {
+        "violations": {"frozen": dict.fromkeys([*claim.BROKEN, "reversed"], 0.5)},
+        "health": {"frozen": {"std": 0.9, "rank": 20.0}}, "nfe": 26, "S": S,
+        "physics": {"Euler": physics, "refined": physics, "real": {k: v[:1] for k, v in
+                                                                   physics.items()}},
+        "windows": {("frozen", name): score for name in ["4/8/1", *claim.WINDOWS, "4/8/1 token"]},
+        "guidance": {("frozen", name): found for name in arms}
+        | {("frozen", f"{name}, 4"): four for name in ("none", "0.01 target")}}
+    rows = claim.tables(out, ("frozen",))
+    reward = rows["reward", "Euler, frozen"]
+    assert reward["residual_16"] < reward["residual_4"] < reward["residual_1"]  # smaller k first
+    assert rows["refine", "Euler, best of 16 (frozen)"]["residual"] == reward["residual_16"]
+    assert rows["speed", "Euler (frozen)"]["rho_residual"] > 0.5
+    assert rows["reward", "Euler, oracle"]["residual_16"] <= reward["residual_16"]
+    assert rows["reward", "Euler, random"]["frozen_difference"] < 0
+    report = reports.open_report("vjepa_guidance", "doc", [])
+    for (table, name), row in rows.items():
+        reports.arm(report, table, name, 0, lambda folder, row=row: row)
+    claim.judge_claims(report, ("frozen",))
+    claim.draw_figure(report, ("frozen",))
+    verdicts = {c["table"]: c["agrees"] for c in report["json"]["claims"]}
+    assert verdicts["violations"] == "partly" and verdicts["both"] == "as in the paper"
+    assert verdicts["guidance"] == "partly"  # surprise is that of the same clips
+    assert len(verdicts) == 7 and Path("results/vjepa_guidance_cpu.png").exists()

@@ -1,10 +1,12 @@
 """What does a world model's surprise measure, and does choosing by it give better physics?
 
-    python -m tests.claims.vjepa_guidance                  # within 15 minutes, 2 CPU cores
+    python -m tests.claims.vjepa_guidance                  # 2 seeds, 2 CPU cores
     python -m tests.claims.vjepa_guidance --preset gpu     # V-JEPA 2 trained in place, too; 3 seeds
 
 What the papers report (WMReward, arXiv:2601.10553v2; V-JEPA 2) and what counts as agreeing, stated
-before the run. Every bound holds for every seed and world model (frozen; gpu preset: tiny, too):
+before the run. Every bound holds for every seed and world model (frozen; gpu preset: tiny, too).
+Where an interval (95 %, bootstrap over conditions) has 0 in it, the comparison is open, and a table
+with nothing but met and open conditions is not resolved.
 
 violations  Low surprise means plausible. Share of held-out clips that surprise less than the same
             clip with a broken law. Agrees if it is at least 0.9 for each of the nine, and for
@@ -13,22 +15,24 @@ violations  Low surprise means plausible. Share of held-out clips that surprise 
             parties find V-JEPA 2 near chance on IntPhys 2.
 reward      Best-of-N by surprise: PhysicsIQ 27.76, 31.87, 32.32, 32.90 with N up to 16: most of it
             is there by N = 4. An outside test finds no gain, Spearman -0.12 to the score. Agrees if
-            the residual by surprise falls from N = 1 to 4 to 16, half or more of it by 4, is lower
-            at 16 than by pixel, copy-last and random, and the oracle is the lowest.
+            the residual by surprise falls from N = 1 to 4 to 16, half or more of it by 4; if at 16
+            it is below that by pixel, copy-last and random, with the interval of the difference
+            below 0; and the oracle is the lowest. For Euler's samples and for refined ones.
 speed       Nobody reports this control: surprise may only prefer slow clips. Agrees (with the claim
             that it measures physics) if the partial rank correlation of surprise and residual,
-            given speed, has its interval above 0, and the residual of the chosen clip is below that
-            of the candidate of the same condition nearest in speed.
-guidance    Alone it does nothing: +0.12, +0.00, -0.20 points. Agrees if at eta 0.003 and 0.01 and
-            for every path of the gradient surprise falls, and the residual changes by less than
-            10 %.
+            given speed, has its interval above 0, and the residual of the chosen clip less that of
+            the candidate of the same condition nearest in speed has its interval below 0.
+guidance    Alone it does nothing: +0.12, +0.00, -0.20 points. Agrees if at eta 0.003 and 0.01, and
+            at 0.01 for every path of the gradient, surprise falls, and the residual changes by less
+            than 10 %. Euler's samples of half the conditions.
 both        Guidance of all candidates, then best-of-N: 33.44 against 32.90, 36.28 against 36.56.
             Agrees if its residual is within 10 % of that of best-of-N, for N = 4.
 refine      Best-of-N and predict-and-perturb (self_refine.py) add up; no paper reports it. Agrees
             if the residual of both is below that of each alone, a sample having as many
             evaluations of the network.
 windows     Length and stride hardly matter (57.1 to 60.8 points). Agrees if the residual at N = 16
-            is within 10 % of the lowest, for every window and for both axes of the cosine.
+            of refined samples is within 10 % of the lowest, for every window C / W / stride and for
+            both axes of the cosine. 8/16/8 is the paper's, twice the length seen in training here.
 
 residual    median over windows of five frames in free flight of |acceleration - gravity|, box
             widths / s^2; a frozen video has 1.6; real clips: table samples
@@ -36,10 +40,21 @@ speed       mean speed over that of the real clip: 1 is ideal, 0 a frozen video
 position    mean distance to the simulator's continuation of the given frames, pixels
 pixel       -reward: squared error of a predictor of pixels, trained alike; copy-last: 1 - cosine of
             the features with those of the last context frame; oracle: the residual itself
+refined     predict-and-perturb with self_refine.py's default plan; Euler has as many evaluations
 All N-fold choices share 16 candidates a condition: for N < 16 mean over the 16 / N groups.
+
+Seen before, in pilots on other clips (384 or 192), one network each: E with a whole frame as a
+token, 4,000 steps: freeze 0.53, stop 0.84, upwards 0.94, through 0.11, the other laws 0.99 or more,
+reversed 0.53. By it, the best of 16 of Euler had 7.6 of 10.1, copy-last 7.6; refined 4.8 of 6.0,
+copy-last 4.8. That is why a channel of a frame became a token. With that, freeze, stop, upwards and
+through: 0.60, 0.93, 0.97, 0.49 after 2,757 steps; the same at twice the learning rate; 0.71, 0.95,
+0.98, 0.74 after 6,614. Trained on windows of 12, judged by 4/12/1: 0.82, 0.96, 0.89, 0.32. So
+freeze and through are expected to miss their bound here, for want of training.
 """
 import functools
 import math
+import os
+import time
 import types
 
 import torch
@@ -49,26 +64,27 @@ from torch import nn
 
 import self_refine
 import vjepa_guidance as script
-from common import (autocast, bouncing_balls, draw_balls, figure, load_checkpoint, mix, save_gif,
-                    setup, simulate_balls)
+from common import (autocast, bouncing_balls, draw_balls, fail, figure, load_checkpoint, mix,
+                    save_gif, setup, simulate_balls)
 from tests.claims.physics import interval, measure, summary
-from tests.claims.report import arm, arm_file, conclude, open_report, verdict
+from tests.claims.report import arm, conclude, open_report, verdict
 
 SEEDS = {"cpu": (0, 1), "gpu": (0, 1, 2)}
 WORLDS = {"cpu": ("frozen",), "gpu": ("frozen", "tiny")}
 FLAGS = {
-    "cpu": ["--generator-steps", 1000, "--steps", 2000, "--clips", 4000, "--compile", "off",
-            "--best-of", 2, "--n", 3],
+    "cpu": ["--generator-steps", 1000, "--steps", 3000, "--sample-every", 3000, "--compile", "off",
+            "--best-of", 1, "--n", 3],
     "gpu": ["--preset", "gpu"]}
 WORLD_FLAGS = {  # in the gpu preset; the generator of `frozen` serves both
     "frozen": ["--world", "frozen", "--masks", "causal", "--predictor-dim", 128],
     "tiny": ["--generator-steps", 100]}
-CONDITIONS = {"cpu": 96, "gpu": 256}
+CONDITIONS = {"cpu": 64, "gpu": 256}
+PAIRS = 256  # clips of the violation test
 N = 16
 BROKEN = "teleport vanish shuffle jitter freeze stop upwards through gain".split()
-WINDOWS = {"4/8/1": (4, 8, 1), "4/8/4": (4, 8, 4), "4/12/2": (4, 12, 2), "8/16/8": (8, 16, 8)}
+WINDOWS = {"4/8/4": (4, 8, 4), "2/8/2": (2, 8, 2), "6/8/2": (6, 8, 2), "8/16/8": (8, 16, 8)}
 ETAS, PATHS = (0.003, 0.01, 0.03), ("target", "context", "both")
-REWARDS = ("surprise", "pixel", "copy-last", "random", "oracle")
+REWARDS, KINDS = ("pixel", "copy-last", "random", "oracle"), ("Euler", "refined")
 
 
 # ---- broken laws -----------------------------------------------------------------------
@@ -135,10 +151,10 @@ def violations(S, clips):
 
 
 class Pixels(nn.Module):
-    """Frames, at half the size, as tokens: what the predictor of pixels sees and predicts."""
+    """A channel of a frame at half the size is a token: what the predictor of pixels sees."""
 
-    def forward(self, video, visible=None):
-        return F.avg_pool3d(video, (1, 2, 2)).transpose(1, 2).flatten(2)
+    def forward(self, video, visible=None):  # (B, 3, F, S, S) -> (B, 3 F, S S / 4)
+        return F.avg_pool3d(video, (1, 2, 2)).transpose(1, 2).flatten(3).flatten(1, 2)
 
 
 def pixel_loss(net, video, visible):
@@ -156,7 +172,7 @@ def windows_of(video, W, stride):
 def pixel_error(video, world, C, W, stride):
     """Squared error of the frames after the first C of each window, mean over windows: (B,)."""
     x = windows_of(video, W, stride)
-    error = world.predict(x[:, :, :C], W) - world.target(x)[:, C:]
+    error = world.predict(x[:, :, :C], 3 * W) - world.target(x)[:, 3 * C :]
     return error.square().mean((1, 2)).unflatten(0, (len(video), -1)).mean(1)
 
 
@@ -200,19 +216,19 @@ def load_run(argv):
 def train_pixels(cfg, device, out):
     """The predictor of pixels: the frozen world's predictor, steps, rate, clips and windows."""
     videos = script.load_videos(cfg, device)[0]
-    width, grid = 3 * (cfg.image_size // 2) ** 2, (cfg.frames, 1, 1)
+    width, grid = (cfg.image_size // 2) ** 2, (cfg.frames, 3, 1)
     torch.manual_seed(cfg.seed)
     predictor = script.LatentPredictor(grid, width, cfg.predictor_dim, depth=4)
     world = script.WorldModel(Pixels(), predictor, grid).to(device)
 
     def loss(i):
         k = torch.randint(cfg.frames - cfg.W + 1, ()).item()
-        visible = script.draw_visible(len(i), (cfg.W, 1, 1), "causal", device)
+        visible = script.draw_visible(len(i), (cfg.W, 3, 1), "causal", device)
         with autocast(cfg, device):
             return pixel_loss(world, videos[i][:, :, k : k + cfg.W].float() / 127.5 - 1, visible)
 
     fields = vars(cfg) | {"out": str(out)}
-    script.train_stage(script.Config(**fields), world, 0.04, loss, lambda step: None)
+    script.train_stage(script.Config(**fields), world, 0.04, loss, ())
     return world.eval().requires_grad_(False)
 
 
@@ -224,6 +240,7 @@ def measured(videos, clips):
 
 def run_seed(preset, seed, folder, device):
     """Train what is missing and measure everything of one seed; saves folder/measured.pt."""
+    start = time.perf_counter()
     if preset == "cpu":
         torch.set_num_threads(1)
     argv = {w: argv_of(preset, w, seed, folder / w, device) for w in WORLDS[preset]}
@@ -231,6 +248,7 @@ def run_seed(preset, seed, folder, device):
         script.main(flags)
     runs = {w: load_run(flags) for w, flags in argv.items()}
     cfg, device, net, _, codec = runs["frozen"]
+    shape = (cfg.C, cfg.W, cfg.stride)
     balls = functools.partial(bouncing_balls, frames=cfg.frames, size=cfg.image_size,
                               texture=cfg.texture)
     clips = balls(CONDITIONS[preset], seed=mix(2, seed))
@@ -242,7 +260,7 @@ def run_seed(preset, seed, folder, device):
         parts = functools.partial(in_parts, lambda x, S=S: S(x.to(device)))
         tracks = clips.tracks.to(device)
         out["health"][w] = script.health(world, real, tracks, lambda x: parts(x).to(device))
-        out["violations"][w] = violations(parts, balls(384, seed=mix(3, seed)))
+        out["violations"][w] = violations(parts, balls(PAIRS, seed=mix(3, seed)))
     # candidates, from the same noise: Euler, and predict-and-perturb with as many evaluations
     z1, y = codec.encode(real), clips.labels.to(device)
     cond = z1[:, :, : script.GIVEN]
@@ -250,7 +268,7 @@ def run_seed(preset, seed, folder, device):
     times = self_refine.flow_times(steps)
     plan = self_refine.plan_steps(self_refine.parse_plan(self_refine.Config.plan), times)
     out["nfe"] = steps + sum(plan.values())
-    samples = {"Euler": [], "refined": []}
+    samples = {kind: [] for kind in KINDS}
     velocity = self_refine.conditional_velocity(net, y, cond)
     for k in range(N):
         g = torch.Generator().manual_seed(mix(seed, k))
@@ -259,33 +277,37 @@ def run_seed(preset, seed, folder, device):
         with autocast(cfg, device):
             plain = script.sample_guided(net, None, None, noise, y, cond, out["nfe"])
             refined, _ = self_refine.pnp_sample(velocity, noise, times, plan, fresh)
-        for name, z in ("Euler", plain), ("refined", refined):
-            samples[name].append(codec.decode(z).clamp(-1, 1).cpu())
-    samples = {name: torch.stack(x) for name, x in samples.items()}
-    out["physics"] = {name: measured(x, clips) for name, x in samples.items()}
+        for kind, z in zip(KINDS, (plain, refined)):
+            samples[kind].append(codec.decode(z).clamp(-1, 1).cpu())
+    samples = {kind: torch.stack(x) for kind, x in samples.items()}
+    out["physics"] = {kind: measured(x, clips) for kind, x in samples.items()}
     out["physics"]["real"] = measured(real[None], clips)
 
-    def scores(function, name="Euler"):
-        return torch.stack([in_parts(lambda x: function(x.to(device)), x) for x in samples[name]])
+    def scores(function, kind):
+        return torch.stack([in_parts(lambda x: function(x.to(device)), x) for x in samples[kind]])
 
-    shape = (cfg.C, cfg.W, cfg.stride)
     pixels = train_pixels(cfg, device, folder / "pixels")
-    out["S"]["pixel"] = scores(lambda x: pixel_error(x, pixels, *shape))
-    out["S"]["copy-last"] = scores(lambda x: copy_last(x, worlds["frozen"], *shape))
-    g = torch.Generator().manual_seed(seed)
-    out["S"]["random"] = torch.rand(N, len(real), generator=g)
-    out["S"]["oracle"] = residual_of(out["physics"]["Euler"])
+    for kind in KINDS:
+        S = {w: lambda x, world=world: script.surprise(x, world, *shape)
+             for w, world in worlds.items()}
+        S["pixel"] = lambda x: pixel_error(x, pixels, *shape)
+        S["copy-last"] = lambda x: copy_last(x, worlds["frozen"], *shape)
+        for reward, function in S.items():
+            out["S"][kind, reward] = scores(function, kind)
+        g = torch.Generator().manual_seed(seed)
+        out["S"][kind, "random"] = torch.rand(N, len(real), generator=g)
+        out["S"][kind, "oracle"] = residual_of(out["physics"][kind])
     for w, world in worlds.items():
         S = lambda x, *window, world=world, **how: script.surprise(x, world, *window, **how)
-        out["S"][w] = scores(lambda x: S(x, *shape))
-        out["S"][w, "refined"] = scores(lambda x: S(x, *shape), "refined")
+        out["windows"][w, "4/8/1"] = out["S"]["refined", w]
         for name, window in WINDOWS.items():
-            out["windows"][w, name] = scores(lambda x: S(x, *window))
-        out["windows"][w, "4/8/1 token"] = scores(lambda x: S(x, *shape, cos="token"))
+            out["windows"][w, name] = scores(lambda x: S(x, *window), "refined")
+        out["windows"][w, "4/8/1 token"] = scores(lambda x: S(x, *shape, cos="token"), "refined")
         # guidance, the first candidate of fewer conditions; then best of four guided ones
         some = slice(0, len(real) // 2)
         half = types.SimpleNamespace(**{k: v[some] for k, v in vars(clips).items()})
-        rows = [(f"{eta} {path}", eta, path, 1) for eta in ETAS for path in PATHS]
+        rows = [(f"{eta} target", eta, "target", 1) for eta in ETAS]
+        rows += [(f"0.01 {path}", 0.01, path, 1) for path in PATHS[1:]]
         rows += [("none", 0.0, "target", 1), ("none, 4", 0.0, "target", 4)]
         rows += [("0.01 target, 4", 0.01, "target", 4)]
         for name, eta, path, count in rows:
@@ -302,10 +324,10 @@ def run_seed(preset, seed, folder, device):
             out["guidance"][w, name] = {"S": found, "m": measured(torch.stack(drawn), half)}
             if (w, name) == ("frozen", "0.01 target"):
                 guided = drawn[0].cpu()
-    best = {name: script.best_of_n(samples[name], out["S"][key])
-            for name, key in (("Euler", "frozen"), ("refined", ("frozen", "refined")))}
-    rows = [real.cpu(), samples["Euler"][0], guided, best["Euler"], best["refined"]]
-    out["videos"] = torch.stack([x[: min(6, len(guided))] for x in rows], 1)
+    best = [script.best_of_n(samples[kind], out["S"][kind, "frozen"]) for kind in KINDS]
+    rows = [real.cpu(), samples["Euler"][0], guided, *best]
+    out["videos"] = torch.stack([x[: len(guided)] for x in rows], 1)[:6]
+    out["seconds"] = time.perf_counter() - start
     torch.save(out, folder / "measured.pt")
 
 
@@ -360,29 +382,34 @@ def numbers(m):
         "speed": s["speed_ratio"]}
 
 
+def falls(one, other):
+    """Residual of the choices `one` less that of the choices `other`, a bootstrap over conditions:
+    low, difference, high."""
+    drop = lambda a, b: summary(a)["residual"] - summary(b)["residual"]
+    return dict(zip(("low", "difference", "high"), interval(drop, one, other, draws=300)))
+
+
 def tables(out, worlds):
     """Rows of every table from what run_seed saved: {(table, arm): {metric: float}}."""
-    m, refined, rows = out["physics"]["Euler"], out["physics"]["refined"], {}
-    for name, x in (("real", out["physics"]["real"]), ("Euler", m), ("refined", refined)):
-        rows["samples", name] = numbers({k: v.flatten(0, 1) for k, v in x.items()})
+    rows = {("samples", k): numbers({m: v.flatten(0, 1) for m, v in x.items()})
+            for k, x in out["physics"].items()}
     for w in worlds:
-        S = out["S"][w]
         rows["violations", w] = out["violations"][w] | out["health"][w]
-        pairs = ("Euler", m, S), ("refined", refined, out["S"][w, "refined"])
-        for name, metrics, score in pairs:
+        for kind in KINDS:
+            m, S = out["physics"][kind], out["S"][kind, w]
             for n, words in ((1, "one"), (N, "best of 16")):
-                row = numbers(best(metrics, score, n)) | {"nfe": n * out["nfe"]}
-                rows["refine", f"{name}, {words} ({w})"] = row
-        rho = correlations(S, m)
-        row = {f"rho_{k}": v.mean().item() for k, v in rho.items()}
-        average = lambda x: x["partial"].mean().item()
-        row["partial_low"], _, row["partial_high"] = interval(average, rho)
-        chosen, near = matched(m, S)
-        drop = lambda a, b: summary(a)["residual"] - summary(b)["residual"]
-        row["low"], row["difference"], row["high"] = interval(drop, chosen, near, draws=200)
-        row |= {"chosen": summary(chosen)["residual"], "same_speed": summary(near)["residual"]}
-        rows["speed", w] = row
-        for name in [*WINDOWS, "4/8/1 token"]:
+                row = numbers(best(m, S, n)) | {"nfe": n * out["nfe"]}
+                rows["refine", f"{kind}, {words} ({w})"] = row
+            rho = correlations(S, m)
+            row = {f"rho_{k}": v.mean().item() for k, v in rho.items()}
+            average = lambda x: x["partial"].mean().item()
+            row["partial_low"], _, row["partial_high"] = interval(average, rho)
+            chosen, near = matched(m, S)
+            row |= falls(chosen, near)
+            row |= {"chosen": summary(chosen)["residual"], "same_speed": summary(near)["residual"]}
+            rows["speed", f"{kind} ({w})"] = row
+        m = out["physics"]["refined"]
+        for name in ["4/8/1", *WINDOWS, "4/8/1 token"]:
             score = out["windows"][w, name]
             rho = {f"rho_{k}": v.mean().item() for k, v in correlations(score, m).items()}
             rows["windows", f"{name} ({w})"] = numbers(best(m, score, N)) | rho
@@ -391,113 +418,138 @@ def tables(out, worlds):
             score, n = found["S"], len(found["S"])
             row = numbers(best(found["m"], score, n)) | {"surprise": score.amin(0).mean().item()}
             rows["both" if n > 1 else "guidance", f"{name} ({w})"] = row
-    scores = {f"surprise ({w})": out["S"][w] for w in worlds}
-    for name, score in (scores | {k: out["S"][k] for k in REWARDS[1:]}).items():
-        rows["reward", name] = row = {}
+    for (kind, name), score in out["S"].items():
+        m = out["physics"][kind]
+        rows["reward", f"{kind}, {name}"] = row = {}
         for n in (1, 2, 4, 8, 16):
             chosen = numbers(best(m, score, n))
             keys = "residual", "speed", "position", "qualified"
             row |= {f"{k}_{n}": chosen[k] for k in keys}
+        if name in REWARDS[:3]:  # paired with the choices of each world
+            for w in worlds:
+                found = falls(best(m, out["S"][kind, w], N), best(m, score, N))
+                row |= {f"{w}_{k}": v for k, v in found.items()}
     return rows
 
 
 # ---- the claim -------------------------------------------------------------------------
 
 
+def below(low, high):
+    """Whether a difference is below 0: True or False, None if its interval has 0 in it."""
+    return None if low <= 0 <= high or math.isnan(low + high) else high < 0
+
+
+def judge(ok):
+    """verdict of {name: bool}, where None stands for an open comparison."""
+    open_ = [str(k) for k, v in ok.items() if v is None]
+    print(f"open: {open_}") if open_ else None
+    known = {k: v for k, v in ok.items() if v is not None}
+    found = verdict(known) if known else "not resolved"
+    return "not resolved" if open_ and found == "as in the paper" else found
+
+
 def judge_claims(report, worlds):
-    """Hold the numbers against the docstring."""
-    done = report["done"]
+    """Hold the numbers against the docstring; a metric that could not be computed is nan."""
+    class Row(dict):
+        __missing__ = lambda self, key: math.nan  # every comparison with it is False
 
     def each(table, name):
-        return list(done[table, name].values())
+        return [Row(row) for row in report["done"][table, name].values()]
 
     ok = {}
     for w in worlds:
-        for row in each("violations", w):
-            for kind in BROKEN:
-                ok[w, kind] = ok.get((w, kind), True) and row[kind] >= 0.9
-            ok[w, "reversed"] = ok.get((w, "reversed"), True) and 0.4 <= row["reversed"] <= 0.6
-            ok[w, "std"] = ok.get((w, "std"), True) and row["std"] > 0.5 and row["rank"] > 10
-    conclude(report, "violations", "low surprise means plausible physics", verdict(ok))
+        for i, row in enumerate(each("violations", w)):
+            ok |= {(w, i, kind): row[kind] >= 0.9 for kind in BROKEN}
+            ok[w, i, "reversed"] = 0.4 <= row["reversed"] <= 0.6
+            ok[w, i, "no collapse"] = row["std"] > 0.5 and row["rank"] > 10
+    conclude(report, "violations", "low surprise means plausible physics", judge(ok))
     ok = {}
-    for w in worlds:
-        for i, row in enumerate(each("reward", f"surprise ({w})")):
-            r1, r4, r16 = (row[f"residual_{n}"] for n in (1, 4, 16))
-            ok[w, i, "falls"] = r1 > r4 > r16
-            ok[w, i, "half by 4"] = r1 - r4 >= 0.5 * (r1 - r16)
-            for name in REWARDS[1:-1]:
-                ok[w, i, name] = r16 < each("reward", name)[i]["residual_16"]
-            ok[w, i, "oracle"] = r16 > each("reward", "oracle")[i]["residual_16"]
+    for kind in KINDS:
+        for w in worlds:
+            for i, row in enumerate(each("reward", f"{kind}, {w}")):
+                r1, r4, r16 = (row[f"residual_{n}"] for n in (1, 4, 16))
+                ok[kind, w, i, "falls"] = r1 > r4 > r16
+                ok[kind, w, i, "half by 4"] = r1 - r4 >= 0.5 * (r1 - r16)
+                for name in REWARDS[:3]:
+                    other = each("reward", f"{kind}, {name}")[i]
+                    ok[kind, w, i, name] = below(other[f"{w}_low"], other[f"{w}_high"])
+                oracle = each("reward", f"{kind}, oracle")[i]
+                ok[kind, w, i, "oracle"] = r16 > oracle["residual_16"]
     conclude(report, "reward", "PhysicsIQ 27.76, 31.87, 32.32, 32.90 with N, most of it by N = 4",
-             verdict(ok))
+             judge(ok))
     ok = {}
-    for w in worlds:
-        for i, row in enumerate(each("speed", w)):
-            ok[w, i, "partial"] = row["partial_low"] > 0
-            ok[w, i, "same speed"] = row["high"] < 0
-    conclude(report, "speed", "not reported: surprise measures physics, not slowness", verdict(ok))
+    for kind in KINDS:
+        for w in worlds:
+            for i, row in enumerate(each("speed", f"{kind} ({w})")):
+                ok[kind, w, i, "partial"] = below(-row["partial_high"], -row["partial_low"])
+                ok[kind, w, i, "same speed"] = below(row["low"], row["high"])
+    conclude(report, "speed", "not reported: surprise measures physics, not slowness", judge(ok))
     ok = {}
     for w in worlds:
         for i, base in enumerate(each("guidance", f"none ({w})")):
-            for eta in ETAS[:2]:
-                for path in PATHS:
-                    row = each("guidance", f"{eta} {path} ({w})")[i]
-                    ok[w, i, eta, path, "surprise"] = row["surprise"] < base["surprise"]
-                    ratio = row["residual"] / base["residual"]
-                    ok[w, i, eta, path, "residual"] = abs(ratio - 1) < 0.1
+            for name in ("0.003 target", *(f"0.01 {path}" for path in PATHS)):
+                row = each("guidance", f"{name} ({w})")[i]
+                ok[w, i, name, "surprise"] = row["surprise"] < base["surprise"]
+                ok[w, i, name, "residual"] = abs(row["residual"] / base["residual"] - 1) < 0.1
     conclude(report, "guidance", "guidance alone changes nothing: +0.12, 0.00, -0.20 points",
-             verdict(ok))
+             judge(ok))
     ok = {}
     for w in worlds:
         plain, guided = (each("both", f"{name}, 4 ({w})") for name in ("none", "0.01 target"))
         for i, (a, b) in enumerate(zip(plain, guided)):
             ok[w, i] = abs(b["residual"] / a["residual"] - 1) < 0.1
     claim = "guidance and best-of-N: 33.44 against 32.90, 36.28 against 36.56"
-    conclude(report, "both", claim, verdict(ok))
+    conclude(report, "both", claim, judge(ok))
     ok = {}
     for w in worlds:
-        names = [f"{a}, {b} ({w})" for a in ("Euler", "refined") for b in ("one", "best of 16")]
+        names = [f"{a}, {b} ({w})" for a in KINDS for b in ("one", "best of 16")]
         for i in range(len(each("refine", names[0]))):
             r = [each("refine", name)[i]["residual"] for name in names]
-            ok[w, i] = r[3] < min(r[1], r[2])
+            ok[w, i] = r[3] < r[1] and r[3] < r[2]
     claim = "not reported: best-of-N and predict-and-perturb add up"
-    conclude(report, "refine", claim, verdict(ok))
+    conclude(report, "refine", claim, judge(ok))
     ok = {}
     for w in worlds:
         found = {name: [row["residual"] for row in each("windows", f"{name} ({w})")]
-                 for name in [*WINDOWS, "4/8/1 token"]}
+                 for name in ["4/8/1", *WINDOWS, "4/8/1 token"]}
         for name, r in found.items():
             ok[w, name] = all(x < 1.1 * min(column) for x, column in zip(r, zip(*found.values())))
-    conclude(report, "windows", "57.1 to 60.8 points whatever the window", verdict(ok))
+    conclude(report, "windows", "57.1 to 60.8 points whatever the window", judge(ok))
 
 
 def draw_figure(report, worlds):
     """Violations; residual and speed against N for each reward; guidance against its length."""
     def mean(table, name, k):
         runs = report["done"][table, name].values()
-        return sum(run[k] for run in runs) / len(runs)
+        return sum(run.get(k, math.nan) for run in runs) / len(runs)
 
-    with figure(f"{report['path']}.png", 1, 4, (3.2, 2.8)) as axes:
-        ax, kinds, counts = axes[0, 0], [*BROKEN, "reversed"], (1, 2, 4, 8, 16)
+    with figure(f"{report['path']}.png", 1, 5, (2.9, 2.6)) as axes:
+        ax, laws, counts = axes[0, 0], [*BROKEN, "reversed"], (1, 2, 4, 8, 16)
         for i, w in enumerate(worlds):
-            shares = [mean("violations", w, kind) for kind in kinds]
-            ax.barh([k + 0.4 * i for k in range(len(kinds))], shares, 0.4, label=w)
-        ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlim=(0, 1), title="more surprising")
-        ax.axvline(0.5, color="0.5", lw=0.8)
-        ax.legend(fontsize=6)
-        for ax, k in zip(axes[0, 1:], ("residual", "speed")):
-            for name in [f"surprise ({w})" for w in worlds] + list(REWARDS[1:]):
-                ax.plot(counts, [mean("reward", name, f"{k}_{n}") for n in counts], "o-", ms=3,
-                        label=name)
-            ax.set(xscale="log", title=f"{k} against N", xticks=counts, xticklabels=counts)
+            shares = [mean("violations", w, law) for law in laws]
+            ax.barh([k + 0.4 * i for k in range(len(laws))], shares, 0.4, label=w)
+        ax.set(yticks=range(len(laws)), yticklabels=laws, xlim=(0, 1), title="more surprising")
+        for share in (0.5, 0.9):
+            ax.axvline(share, color="0.5", lw=0.8)
+        shown = ("Euler", "residual"), ("refined", "residual"), ("refined", "speed")
+        for ax, (kind, k) in zip(axes[0, 1:], shown):
+            for name in (*worlds, *REWARDS):
+                words = f"surprise ({name})" if name in worlds else name
+                heights = [mean("reward", f"{kind}, {name}", f"{k}_{n}") for n in counts]
+                ax.plot(counts, heights, "o-", ms=3, label=words)
+            ax.set(xscale="log", title=f"{k} of {kind} against N", xticks=counts, ylim=(0, None),
+                   xticklabels=counts)
             ax.minorticks_off()
         axes[0, 1].legend(fontsize=6)
-        ax, w = axes[0, 3], worlds[-1]
-        for path, colour in zip(PATHS, ("C0", "C1", "C2")):
-            for k, style in ("surprise", "o-"), ("residual", "x--"):
-                base = mean("guidance", f"none ({w})", k)
-                ratio = [mean("guidance", f"{eta} {path} ({w})", k) / base for eta in ETAS]
-                ax.plot(ETAS, ratio, style, color=colour, ms=3, label=f"{k}, {path}")
+        ax, w = axes[0, 4], worlds[-1]
+        for k, style in ("surprise", "o-"), ("residual", "x--"), ("speed", "s:"):
+            base = mean("guidance", f"none ({w})", k)
+            ratio = [mean("guidance", f"{eta} target ({w})", k) / base for eta in ETAS]
+            ax.plot(ETAS, ratio, style, color="C0", ms=3, label=f"{k}, target")
+            for path, colour in zip(PATHS[1:], ("C1", "C2")):
+                ratio = mean("guidance", f"0.01 {path} ({w})", k) / base
+                ax.plot(0.01, ratio, style[0], color=colour, ms=4, label=f"{k}, {path}")
         ax.set(xscale="log", title=f"guided / not, by eta ({w})", xticks=ETAS, xticklabels=ETAS)
         ax.minorticks_off()
         ax.legend(fontsize=5)
@@ -509,26 +561,38 @@ def draw_figure(report, worlds):
 def main(argv=None):
     files = ("self_refine.py", "tests/claims/physics.py")
     report = open_report("vjepa_guidance", __doc__, argv, files)
-    preset, device = report["args"].preset, report["args"].device
+    preset, device, reuse = (getattr(report["args"], k) for k in ("preset", "device", "reuse"))
     seeds, worlds = SEEDS[preset], WORLDS[preset]
     folders = {seed: report["arms"] / f"seed_{seed}" for seed in seeds}
-    todo = [s for s in seeds if not arm_file(report, "violations", worlds[-1], s).exists()]
-    for seed in todo:
-        folders[seed].mkdir(parents=True, exist_ok=True)
+    for folder in folders.values():  # the networks in it are this code's
+        folder.mkdir(parents=True, exist_ok=True)
+        code = folder / "code"
+        if code.exists() and code.read_text() != report["code"] and not reuse:
+            fail(f"{folder} was made by other code: remove {report['arms']}, or pass --reuse")
+        code.write_text(report["code"])
+    todo = [seed for seed in seeds if not (folders[seed] / "measured.pt").exists()]
     jobs = [(preset, seed, folders[seed], device) for seed in todo]
-    if preset == "cpu":  # a process a core
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if preset == "cpu" and cores > 1:  # a process a core
         with mp.get_context("spawn").Pool(2) as pool:
             pool.starmap(run_seed, jobs)
     else:
         for job in jobs:
             run_seed(*job)
+    found, kept = {}, {}
     for seed in seeds:
-        path = folders[seed] / "measured.pt"
-        out = torch.load(path, weights_only=False) if path.exists() else None
-        for (table, name), row in tables(out, worlds).items():
-            arm(report, table, name, seed, lambda folder, row=row: row)
+        out = torch.load(folders[seed] / "measured.pt", weights_only=False)
+        report["json"]["seconds"] += out["seconds"]
+        found[seed] = tables(out, worlds)
+        for key, row in found[seed].items():  # what some seed could not measure is left out
+            kept[key] = kept.get(key, set(row)) & {k for k, v in row.items() if math.isfinite(v)}
         if seed == seeds[0]:  # a row a clip: real | one | guided | best of 16 | refined, best of 16
-            save_gif(out["videos"].flatten(0, 1), f"{report['path']}.gif", 5)
+            videos = ((out["videos"][1:3] + 1) * 1.5).round() / 1.5 - 1  # few colours: a small file
+            save_gif(videos.flatten(0, 1), f"{report['path']}.gif", 5)
+    for seed in seeds:
+        for (table, name), row in found[seed].items():
+            row = {k: v for k, v in row.items() if k in kept[table, name]}
+            arm(report, table, name, seed, lambda folder, row=row: row)
     judge_claims(report, worlds)
     draw_figure(report, worlds)
 
