@@ -1,5 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,27 +44,95 @@ def refuses(capsys):
 @pytest.fixture
 def same_when_interrupted(monkeypatch):
     """same_when_interrupted(script, flags, parts): a run stopped in its third step and continued
-    ends with the weights of one that was not, bit for bit; leaves folders whole/ and parts/."""
+    ends with the weights of one that was not, bit for bit; leaves folders whole/ and parts/.
+
+    parts  entries of the checkpoints, of those stages that have them
+    stops  (stage, step) from 0, one after the other; "." is the last stage, None any
+    """
 
     class Stop(Exception):
         pass
 
-    def check(script, flags, parts):
-        def stop(*args, real=script.log, **kwargs):
-            real(*args, **kwargs)
-            if args[2] == 2:
-                raise Stop
-
+    def check(script, flags, parts, stops=((None, 2),)):
         script.main(flags + ["--out", "whole"])
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(script, "log", stop)
-            script.main(flags + ["--out", "parts"])
-        saved = [load_checkpoint(path)["step"] for path in Path("parts").rglob("last.pt")]
-        assert set(saved) == {2}  # else there is nothing to continue
+        for stage, step in stops:
+
+            def stop(cfg, state, now, real=script.log, **values):
+                real(cfg, state, now, **values)
+                if now == step and stage in (None, os.path.relpath(cfg.out, "parts")):
+                    raise Stop(Path(cfg.out, "last.pt"), step // cfg.save_every * cfg.save_every)
+
+            with monkeypatch.context() as patch, pytest.raises(Stop) as stopped:
+                patch.setattr(script, "log", stop)
+                script.main(flags + ["--out", "parts"])
+            last, saved = stopped.value.args
+            assert saved == (load_checkpoint(last)["step"] if last.exists() else 0)
+            assert Path("parts/last.pt").exists() == (saved > 0 and last == Path("parts/last.pt"))
         script.main(flags + ["--out", "parts"])
-        one, two = (load_checkpoint(f"{out}/last.pt") for out in ("whole", "parts"))
-        for part in parts:
-            for k, w in one[part].items():
-                assert torch.equal(w, two[part][k]), (part, k)
+        seen = set()
+        for last in Path("whole").rglob("last.pt"):
+            one, two = (load_checkpoint(out / last.relative_to("whole")) for out in (
+                Path("whole"), Path("parts")))
+            assert one["step"] == two["step"] == one["config"]["steps"]
+            for part in set(parts) & set(one):
+                seen.add(part)
+                for k, w in one[part].items():
+                    assert torch.equal(w, two[part][k]), (last, part, k)
+        assert seen == set(parts)
+
+    return check
+
+
+def start(script, *flags, ranks=1):
+    """The script in a new interpreter, under torchrun if ranks > 1, in a session of its own."""
+    head = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",  # no DNS
+            f"--nproc-per-node={ranks}", "--"]  # without it --n is taken for torchrun's own flag
+    return subprocess.Popen(
+        [sys.executable, *head * (ranks > 1), script.__file__, *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def workers(out):
+    """Processes that train into this folder: torchrun's workers have sessions of their own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if str(out) in words and "torch.distributed.run" not in words:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture
+def launch():
+    """launch(script, *flags, ranks=1): what it prints, to its end; fails: words of its error."""
+    running = []
+
+    def check(script, *flags, ranks=1, fails=""):
+        running.append(start(script, *flags, ranks=ranks))
+        output = running[-1].communicate(timeout=300)[0]
+        assert (running[-1].returncode != 0) == bool(fails) and fails in output, output
+        return output
+
+    yield check
+    for process in running:
+        if process.poll() is None:  # it hung
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def same_on_two_ranks(launch):
+    """same_on_two_ranks(script, *flags): one rank and two draw the same images, into s1/ and s2/;
+    what they print."""
+
+    def check(script, *flags):
+        outputs = [launch(script, "--device", "cpu", "--npz", *flags, "--out", f"s{ranks}",
+                          ranks=ranks) for ranks in (1, 2)]
+        one, two = (np.load(f"s{ranks}/sample.npz")["arr_0"] for ranks in (1, 2))
+        assert len(one) > 0 and (one == two).all()
+        return outputs
 
     return check

@@ -3,9 +3,6 @@
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -459,13 +456,8 @@ def test_decay_is_in_the_loss_or_in_the_optimizer(no_pictures):
 
 
 def test_interrupted_run_equals_a_whole_one(no_pictures, same_when_interrupted):
-    same_when_interrupted(script, SMALL + ["--few-steps", "0", "--save-every", "2"], ["model"])
-
-
-def test_interrupted_first_stage_is_continued(no_pictures, same_when_interrupted):
-    same_when_interrupted(script, SMALL + ["--few-steps", "4", "--save-every", "2"], ["model"])
-    whole, parts = (load_checkpoint(f"{k}/few/last.pt")["model"]["W"] for k in ("whole", "parts"))
-    assert torch.equal(whole, parts)
+    flags = SMALL + ["--few-steps", "4", "--save-every", "2"]
+    same_when_interrupted(script, flags, ["model"], stops=[("few", 2), (".", 2)])
 
 
 def test_every_batch_of_a_few_samples_has_them_all(monkeypatch, no_pictures):
@@ -589,28 +581,15 @@ def test_more_samples_than_a_folder_has_are_refused(refuses):
     assert load_checkpoint("run/last.pt")["step"] == 6
 
 
-def launch(*flags, ranks):
-    """The script under torchrun: exit status and what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "--", script.__file__, *flags]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.returncode, done.stdout
-
-
 @pytest.mark.slow
-def test_two_ranks_train_as_one_sample_as_one_and_stop_together():
-    status, output = launch(*SMALL, "--out", "two", ranks=2)
-    assert status == 0, output
+def test_two_ranks_train_as_one_sample_as_one_and_stop_together(launch, same_on_two_ranks):
+    launch(script, *SMALL, "--out", "two", ranks=2)
     for folder, count in (("two/few", 3), ("two", 6)):
         lines = [json.loads(x) for x in Path(folder, "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, count + 1))  # written once
         assert math.isfinite(lines[-1]["mse_test"])
         assert Path(folder, f"samples_{count:07d}.png").exists()
-    for ranks in (1, 2):
-        status, output = launch("--sample", "two/last.pt", "--n", "600", "--npz", "--device", "cpu",
-                                "--steer", "0.5", "--out", f"s{ranks}", ranks=ranks)
-        assert status == 0, output
-    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
-    status, output = launch(*SMALL, "--out", "odd", "--batch-size", "7", ranks=2)
-    assert status != 0 and "divisible by the 2 ranks" in output and not Path("odd").exists()
+    same_on_two_ranks(script, "--sample", "two/last.pt", "--n", "600", "--steer", "0.5")
+    launch(script, *SMALL, "--out", "odd", "--batch-size", "7", ranks=2,
+           fails="divisible by the 2 ranks")
+    assert not Path("odd").exists()

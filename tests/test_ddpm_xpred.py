@@ -3,12 +3,6 @@
 import functools
 import json
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +13,6 @@ from PIL import Image
 import ddpm_xpred as script
 from common import load_checkpoint
 
-ROOT = Path(script.__file__).parent
 SMALL = [
     "--image-size",
     "8",
@@ -557,97 +550,13 @@ def test_bad_checkpoints_to_sample(refuses):
     refuses(lambda: script.main(["--sample", "run/foreign.pt"]), "views")
 
 
-def command(*flags, ranks=1):
-    head = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "--",
-        ]
-    )  # without it torchrun takes --n for an abbreviation of its own flags
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        head + [str(ROOT / "ddpm_xpred.py"), *flags],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_a_random_step_and_started_again_ends_with_the_same_weights(ranks):
-    flags = SMALL + ["--steps", "400", "--save-every", "20"]
-    finish(command(*flags, "--out", "whole", ranks=ranks))
-    for trial in range(3):
-        out = f"killed{trial}"
-        process = command(*flags, "--out", out, ranks=ranks)
-        log = Path(out, "metrics.jsonl")
-        while not (
-            log.exists() and log.read_text().count("\n") >= random.Random(trial).randint(1, 150)
-        ):
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        for pid in children(out):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-        if Path(out, "last.pt").exists():
-            assert load_checkpoint(Path(out, "last.pt"))["step"] % 20 == 0
-        finish(command(*flags, "--out", out, ranks=ranks))
-        assert_same(weights("whole"), weights(out))
-        assert Path(out, "metrics.jsonl").read_text().count("\n") == 200
-
-
-def children(out):
-    """Processes that train into this folder (torchrun's workers have sessions of their own)."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if out in (folder / "cmdline").read_text().split("\0"):
-                found.append(int(folder.name))
-        except OSError:
-            pass
-    return found
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_sample_as_one_and_stop_together():
+def test_two_ranks_train_as_one_sample_as_one_and_stop_together(launch, same_on_two_ranks):
     flags = SMALL + ["--process", "flow"]
-    finish(command(*flags, "--out", "two", ranks=2))
-    both = [
-        command(
-            "--sample",
-            "two/last.pt",
-            "--n",
-            "600",
-            "--npz",
-            "--out",
-            f"s{r}",
-            "--device",
-            "cpu",
-            ranks=r,
-        )
-        for r in (1, 2)
-    ]
-    for r in (1, 2):
-        Path(f"s{r}").mkdir(exist_ok=True)
-        finish(both[r - 1])
-    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
-    process = command(*flags, "--out", "odd", "--batch-size", "7", ranks=2)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode != 0 and "divisible by the 2 ranks" in output
+    launch(script, *flags, "--out", "two", ranks=2)
+    same_on_two_ranks(script, "--sample", "two/last.pt", "--n", "600")
+    launch(script, *flags, "--out", "odd", "--batch-size", "7", ranks=2,
+           fails="divisible by the 2 ranks")
 
 
 @pytest.mark.gpu

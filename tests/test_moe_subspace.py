@@ -518,24 +518,9 @@ def test_run_resumes_bit_for_bit(extra, same_when_interrupted, small_data):
         assert Image.open(grid).size == (8 * 66, 10 * 66)
 
 
-def test_first_stage_also_resumes(small_data, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(cfg, state, step, real=script.log, **values):
-        real(cfg, state, step, **values)
-        if step == 3:
-            raise Stop
-
-    script.main(SMALL + ["--out", "whole", "--vae-steps", "6"])
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(script, "log", stop)
-        script.main(SMALL + ["--out", "parts", "--vae-steps", "6"])
-    assert not Path("parts/last.pt").exists() and load_checkpoint("parts/vae/last.pt")["step"] == 2
-    script.main(SMALL + ["--out", "parts", "--vae-steps", "6"])
-    for file in ("vae/last.pt", "last.pt"):
-        one, two = (load_checkpoint(f"{out}/{file}")["ema"] for out in ("whole", "parts"))
-        assert all(torch.equal(w, two[name]) for name, w in one.items())
+def test_first_stage_also_resumes(small_data, same_when_interrupted):
+    flags = SMALL + ["--vae-steps", "6"]
+    same_when_interrupted(script, flags, ["ema"], stops=[("vae", 3)])
 
 
 def test_runs_share_the_first_stage_and_start_from_em(small_data, monkeypatch):

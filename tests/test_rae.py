@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ import rae as script
 from common import load_checkpoint, load_encoder, shapes
 from tests.claims import rae as claim
 
-ROOT = Path(script.__file__).parent
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
 --decoder-batch-size 20 --decoder-steps 2 --dim 16 --depth 1 --heads 2 --head-dim 24 --head-heads 2
 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 --sampling-steps 2
@@ -436,27 +433,10 @@ def test_run_resumes_bit_for_bit(same_when_interrupted, small_data):
     assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
 
 
-def test_first_stage_also_resumes_and_the_second_does_not_notice(small_data, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(cfg, state, step, real=script.log, **values):
-        real(cfg, state, step, **values)
-        if (cfg.out, step) in (("parts/decoder", 3), ("cut", 0)):
-            raise Stop
-
-    flags = SMALL + ["--decoder-steps", "6", "--steps", "2"]
-    script.main(flags + ["--out", "whole"])
-    for out in ("parts", "cut"):  # within the first stage; after it, before the second one saves
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(script, "log", stop)
-            script.main(flags + ["--out", out])
-        assert not Path(out, "last.pt").exists()
-        assert load_checkpoint(f"{out}/decoder/last.pt")["step"] == (6 if out == "cut" else 2)
-        script.main(flags + ["--out", out])
-        for file, part in (("decoder/last.pt", "ema"), ("last.pt", "ema"), ("last.pt", "model")):
-            one, two = (load_checkpoint(f"{folder}/{file}")[part] for folder in ("whole", out))
-            assert all(torch.equal(w, two[name]) for name, w in one.items())
+def test_first_stage_also_resumes_and_the_second_does_not_notice(
+        small_data, same_when_interrupted):
+    flags = SMALL + ["--decoder-steps", "6", "--steps", "2"]  # the last stop: between the stages
+    same_when_interrupted(script, flags, ["model", "ema"], stops=[("decoder", 3), (".", 0)])
     # a cosine to a tenth after a sixteenth of warm-up, of which 6 steps leave nothing
     expected = [1e-3 * (0.55 + 0.45 * math.cos(math.pi * (i + 1) / 6)) for i in range(6)]
     assert [row["lr"] for row in lines("whole/decoder")] == pytest.approx(expected)
@@ -820,24 +800,11 @@ def test_arm_begun_by_other_code_is_not_continued(tmp_path, refuses):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_both_stages_and_sample_as_one():
+def test_two_ranks_train_both_stages_and_sample_as_one(launch, same_on_two_ranks):
     flags = SMALL + ["--image-size", "24", "--gan", "0.75", "--out", "two"]
-    head = "-m torch.distributed.run --standalone --nproc-per-node=2 --".split()
-    head = [sys.executable, *head]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def finish(command):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    finish(head + [str(ROOT / "rae.py"), *flags])
-    last = load_checkpoint("two/last.pt")
-    assert last["step"] == 4
-    draw = "--sample two/last.pt --n 300 --npz --device cpu --precision fp32".split()
-    draw = [str(ROOT / "rae.py"), *draw]
-    finish([sys.executable, *draw, "--out", "s1"])
-    finish(head + [*draw, "--out", "s2"])
-    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
+    launch(script, *flags, ranks=2)
+    assert load_checkpoint("two/last.pt")["step"] == 4
+    same_on_two_ranks(script, "--sample", "two/last.pt", "--n", "300", "--precision", "fp32")
 
 
 @pytest.mark.gpu

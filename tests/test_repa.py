@@ -4,8 +4,6 @@ import copy
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -774,23 +772,11 @@ def test_the_encoder_s_grid_is_pool_times_the_network_s(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_past_the_stop_and_sample_as_one():
-    def run(*flags, ranks):
-        head = [sys.executable]
-        if ranks > 1:
-            head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                     "--"]
-        done = subprocess.run(head + [str(ROOT / "repa.py"), *flags], capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr
-
-    run(*SMALL, "--stop-align", "2", "--out", "two", ranks=2)
+def test_two_ranks_train_past_the_stop_and_sample_as_one(launch, same_on_two_ranks):
+    launch(script, *SMALL, "--stop-align", "2", "--out", "two", ranks=2)
     assert [row["align"] == 0 for row in lines("two")] == [False, False, True, True]
-    run(*SMALL, "--lam", "0", "--out", "vanilla", ranks=2)
-    for ranks in (1, 2):
-        run("--sample", "two/last.pt", "--n", "600", "--npz", "--device", "cpu", "--out",
-            f"s{ranks}", ranks=ranks)
-    assert (np.load("s1/sample.npz")["arr_0"] == np.load("s2/sample.npz")["arr_0"]).all()
+    launch(script, *SMALL, "--lam", "0", "--out", "vanilla", ranks=2)
+    same_on_two_ranks(script, "--sample", "two/last.pt", "--n", "600")
 
 
 @pytest.mark.gpu
