@@ -397,7 +397,7 @@ def fixed_noise_loss(net, images, cfg, device):
         return torch.stack([image_loss(net, part) for part in x.split(500)]).mean().item()
 
 @torch.no_grad()
-def measure(net, data, held_out, samples, cfg, device):
+def measure_features(net, data, held_out, samples, cfg, device):
     """Of samples uint8 (n, 3, S, S): pairs of them and their nearest training image; of the network
     its curves {noisy, clean: as curve}; and a dict of numbers."""
     curves = {name: curve(net, *held_out, data.classes, name == "noisy", cfg, device)
@@ -412,7 +412,7 @@ def measure(net, data, held_out, samples, cfg, device):
                "held_out": fixed_noise_loss(net, held_out[0], cfg, device)}
     return torch.stack([samples, bank[index].cpu()], 1), curves, result
 
-def show(pairs, curves, sigmas, path):
+def show_curves(pairs, curves, sigmas, path):
     """Curves to the terminal, <path>_probe.json and .png; pairs to <path>_nearest.png."""
     if RANK > 0:
         return
@@ -472,8 +472,8 @@ def train(cfg):
             path = f"{cfg.out}/samples_{step + 1:07d}"
             images = draw(ema, 128, cfg, device, seed=0)
             save_grid(images[:64], f"{path}.png", columns=8)
-            pairs, curves, result = measure(ema, data, held_out, images, cfg, device)
-            show(pairs, curves, levels(cfg.sigmas), path)
+            pairs, curves, result = measure_features(ema, data, held_out, images, cfg, device)
+            show_curves(pairs, curves, levels(cfg.sigmas), path)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **result)
         result = {} if due(cfg, cfg.log_every, step) else result  # stands in one line only
 
@@ -487,8 +487,8 @@ def sample(cfg):
     if cfg.npz:
         save_npz(images, torch.zeros(len(images), dtype=torch.int64), f"{path}.npz")
     cfg = dataclasses.replace(cfg, seed=saved["config"]["seed"])  # --seed is of the noise alone
-    pairs, curves, result = measure(net, *load_data(cfg, device), images, cfg, device)
-    show(pairs, curves, levels(cfg.sigmas), path)
+    pairs, curves, result = measure_features(net, *load_data(cfg, device), images, cfg, device)
+    show_curves(pairs, curves, levels(cfg.sigmas), path)
     if RANK == 0:
         print(*(f"{k} {v:.4g}" for k, v in result.items()), sep="  ")
 

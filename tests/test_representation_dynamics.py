@@ -470,10 +470,10 @@ def test_measurements_keep_clean_and_noisy_copies_and_others_apart():
     net = script.build(cfg)
     nn.init.normal_(net.conv_out.weight, std=0.1)
     for samples, share in ((data.images[:8], 1.0), (held_out[0][:8], 0.0)):
-        pairs, curves, got = script.measure(net, data, held_out, samples, cfg, cpu)
+        pairs, curves, got = script.measure_features(net, data, held_out, samples, cfg, cpu)
         assert got["memorised"] == share and torch.equal(pairs[:, 0], samples)
         assert torch.equal(pairs[:, 1], samples) == (share == 1)
-        script.show(pairs, curves, script.levels(cfg.sigmas), "m")
+        script.show_curves(pairs, curves, script.levels(cfg.sigmas), "m")
     kept = json.loads(Path("m_probe.json").read_text())
     for kind in ("clean", "noisy"):
         want = script.curve(net, *held_out, 10, kind == "noisy", cfg, cpu)
@@ -529,6 +529,28 @@ def test_unimodality_does_not_judge_a_maximum_by_the_noise_that_chose_it():
     rise = torch.tensor([f["rise"] for f in found])
     assert abs(rise.mean()) < 3 * rise.std() / 20
     assert sum(f["unimodal"] for f in found) < 0.05 * 400
+
+
+def test_claim_adds_the_errors_of_draws_and_of_points():
+    g = torch.Generator().manual_seed(0)
+    share = torch.tensor([0.5, 0.8, 0.4])
+    points = (torch.rand(1, 500, 1, generator=g) < 0.3) * 0.3  # some are easy in every draw
+    right = torch.rand(8, 500, 3, generator=g) < share + points
+    got = claim.shape(right)
+    draws, over = (script.unimodality(right.double().mean(i)) for i in (1, 0))
+    assert got["unimodal"] == 1 and got["rise"] == over["rise"]
+    assert got["rise_se"] == math.hypot(draws["rise_se"], over["rise_se"]) > over["rise_se"]
+    alike = (torch.rand(8, 500, 1, generator=g) < 0.5).expand(-1, -1, 3)
+    assert claim.shape(alike)["unimodal"] == 0
+
+
+def test_claim_says_not_resolved_between_a_hill_and_a_peak_at_the_end():
+    yes, no, open_ = "as in the paper", "contradicted", "not resolved"
+    assert claim.curve_word([1, 1], [0, 0]) == yes and claim.curve_word([0, 0], [1, 1]) == no
+    assert claim.curve_word([1, 0], [0, 1]) == claim.curve_word([0, 0], [0, 0]) == open_
+    assert claim.peaks_earlier([(0.02, 0), (0.3, 1)], [(0.1, 0), (0.1, 0)]) == yes
+    assert claim.peaks_earlier([(0.2, 0), (0.1, 0)], [(0.1, 0), (0.1, 0)]) == no
+    assert claim.peaks_earlier([(0.2, 0), (0.02, 0)], [(0.1, 0), (0.1, 0)]) == open_
 
 
 class Labelled(nn.Module):
@@ -649,6 +671,12 @@ def test_run_leaves_curves_pictures_and_numbers(capsys, refuses):
     assert train == pytest.approx(line["train"], rel=1e-3)
     refuses(lambda: script.main(["--sample", "run/last.pt", "--dim", "32"]), "dim")
     refuses(lambda: script.main(["--sample", "run/none.pt"]), "none.pt")
+
+
+def test_rate_rises_over_the_warm_up_and_stays():
+    script.main([*SMALL, "--warmup", "4", "--lr", "1e-3", "--log-every", "1", "--out", "run"])
+    rates = [json.loads(x)["lr"] for x in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([min(1, (i + 1) / 4) * 1e-3 for i in range(len(rates))])
 
 
 def test_interrupted_run_equals_a_whole_one(same_when_interrupted):
