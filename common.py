@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -27,13 +28,11 @@ def explain(what, *kinds):
         yield
     except kinds as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        if isinstance(error, ModuleNotFoundError):
-            reason += f": pip install {error.name}"
-        fail(f"{what}: {reason}")
+        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        fail(f"{what}: {reason}{hint}")
 
 def parse_config(cls, presets, sampling=(), argv=None):
-    """Flags from a dataclass: `lr: float = 2e-4  # note` becomes `--lr`, the note is its help; one
-    that begins with words, `# on | off: ...`, allows these words only.
+    """Flags from a dataclass: `lr: float = 2e-4  # help` is --lr; `# on | off: help` a choice.
     presets   {name: {field: value}}; a preset beats the defaults, a flag beats the preset
     sampling  fields allowed beside --sample FILE; all others come from that checkpoint
     errors    one line and exit status 2 for whatever argparse or cls.__post_init__ rejects"""
@@ -52,8 +51,7 @@ def parse_config(cls, presets, sampling=(), argv=None):
     out = f"runs/{Path(inspect.getfile(cls)).stem}-{preset}".strip("-")
     values = {"out": out} | presets.get(preset, {})
     if source:
-        extra = set(given) - {"sample", "device", "precision", "seed", "n", "npz", "out", *sampling}
-        if extra:
+        if extra := set(given) - {*"sample device precision seed n npz out".split(), *sampling}:
             fail(f"--sample takes {', '.join(sorted(extra))} from the checkpoint: drop that flag")
         values = load_checkpoint(source)["config"] | {"out": str(Path(source).parent)}
     with explain("config", TypeError, ValueError):  # TypeError: a checkpoint of another script
@@ -79,8 +77,7 @@ def setup(cfg, *fixed):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    # on a CPU and short sequences the fused attention kernel costs ten times the plain products
-    torch.backends.cuda.enable_flash_sdp(kind != "cpu")  # despite its name, for every device
+    torch.backends.cuda.enable_flash_sdp(kind != "cpu")  # also a CPU's, slow on short sequences
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
@@ -222,10 +219,8 @@ def bouncing_balls(n, frames, size, seed, texture=False):
 
 def load_images(cfg, device, split="all"):
     """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
-    `shapes:disc,ring` keeps these kinds, with their labels.
-    split    all: shapes with data seed 0, or what a set has for training | validation: shapes with
-             data seed 1, or a set's own held-out part; of a folder or .tar without one every tenth
-             image | train: as all, less those tenths
+    split    all: 50,000 shapes, or a set's training part | validation: 10,000 other shapes, a set's
+             held-out part, or, of a folder or .tar without one, every tenth image | train: the rest
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
@@ -237,91 +232,83 @@ def load_images(cfg, device, split="all"):
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
     if cfg.data.partition(":")[0] == "shapes":
-        kinds = cfg.data[7:].split(",") if ":" in cfg.data else SHAPES
+        kinds = cfg.data[7:].split(",") if ":" in cfg.data else SHAPES  # the others are left out
         if set(kinds) - set(SHAPES):
             fail(f"--data {cfg.data}: after shapes: are allowed {', '.join(SHAPES)}")
         images, y = shapes(*((10_000, S, 1) if split == "validation" else (50_000, S, 0)), device)
         keep = torch.isin(y, torch.tensor([SHAPES.index(k) for k in kinds], device=device))
         data.images, data.labels, data.size = images[keep], y[keep], keep.sum().item()
     else:
-        dataset, data.classes = open_dataset(cfg.data, split)
+        dataset, indices, data.classes = open_dataset(cfg.data, split)
+        streamed = len(indices) * 3 * S * S > memory / 4
+        read = functools.partial(read_images, dataset, indices, cfg, streamed)
         if isinstance(dataset, IterableDataset):  # resumes in another order
             dataset.transform, data.size = functools.partial(square, size=S), math.inf
             part = loader(dataset, cfg.batch_size // WORLD, drop_last=True)
             data.stream = lambda step: itertools.chain.from_iterable(itertools.repeat(part))
-        elif len(dataset) * 3 * S * S > memory / 4:
-            data.size, read = len(dataset), functools.partial(read_images, dataset, cfg, True)
+        elif streamed:
+            data.size = len(indices)
             data.stream = lambda step: iter(loader(range(step, 2**60), None, collate_fn=read))
         else:
-            read = functools.partial(read_images, dataset, cfg, False)
-            parts = loader(range(0, len(dataset), 256), None, collate_fn=read)
+            parts = loader(range(0, len(indices), 256), None, collate_fn=read)
             with explain(f"--data {cfg.data}", OSError):  # raised in a worker
                 parts = zip(*tqdm(parts, f"reading {cfg.data}", disable=RANK > 0 or None))
                 data.images, data.labels = (torch.cat(part).to(device) for part in parts)
             data.size = len(data.labels)
             if cfg.skip_bad and RANK == 0:
-                print(f"left out {len(dataset) - data.size} of {len(dataset)} images of {cfg.data}")
+                print(f"left out {len(indices) - data.size} of {len(indices)} images of {cfg.data}")
     if split != "validation" and data.size < cfg.batch_size:
         fail(f"--batch-size {cfg.batch_size} is larger than the {data.size} images of {cfg.data}")
     return data
 
 def open_dataset(name, split):
-    """A folder or .tar of class sub-folders, or what timm's create_dataset knows; its classes."""
-    train = split != "validation"
+    """What timm's create_dataset makes of --data, the indices of this split, number of classes."""
+    known = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+    if not name.startswith(known) and not os.path.exists(name):
+        fail(f"--data {name}: allowed: shapes, a folder, a .tar, timm's {'..., '.join(known)}...")
+    kind, root = (name, "data") if name.startswith(known) else ("", name)
+    part = "validation" if split == "validation" else "train"
     with explain(f"--data {name}", Exception):  # whatever that data set's library raises
         from timm.data import create_dataset
-        if name.startswith(("torch/", "hfds/", "hfids/", "tfds/", "wds/")):
-            dist.barrier() if RANK > 0 else None  # rank 0 goes first: it downloads
-            dataset = create_dataset(name, "data", "train" if train else split, is_training=train,
-                                     download=True)
-            dist.barrier() if RANK == 0 and WORLD > 1 else None
-        elif os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".tar")):
-            dataset = create_dataset("", name, "train" if train else split)
-        else:
-            fail(f"--data {name}: allowed are shapes, shapes:disc,ring, a folder or .tar of class "
-                 "sub-folders, what timm reads: torch/..., hfds/..., hfids/..., tfds/..., wds/...")
-    reader = getattr(dataset, "reader", dataset)
-    maps = [getattr(reader, k, ()) for k in ("classes", "class_to_idx", "class_name_to_idx")]
-    names = next(filter(None, maps), [""])
-    if "" in names:
+        dist.barrier() if kind and RANK > 0 else None  # rank 0 goes first: it downloads
+        dataset = create_dataset(kind, root, part, is_training=part == "train", download=True)
+        dist.barrier() if kind and RANK == 0 and WORLD > 1 else None
+    reader, indices = getattr(dataset, "reader", dataset), range(len(dataset))
+    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if not classes or "" in classes:
         fail(f"--data {name}: no classes; images of a folder or .tar must lie in class sub-folders")
     if split != "all" and getattr(reader, "root", "") == name:  # has no held-out part of its own
-        keep = [i for i in range(len(reader.samples)) if (i % 10 < 9) == train]
-        if os.path.isdir(f"{name}/train") or not keep:
-            fail(f"--data {name}: none to hold out: it needs a folder validation, val or test "
-                 "beside train, or, without train, ten images")
-        for column in {"samples", "targets"} & set(vars(reader)):
-            setattr(reader, column, [getattr(reader, column)[i] for i in keep])
-    return dataset, len(names)
+        indices = [i for i in indices if (i % 10 == 9) == (part == "validation")]
+        if os.path.isdir(f"{name}/train") or not indices:
+            fail(f"--data {name}: nothing to hold out: it needs val beside train, or ten images")
+    return dataset, indices, max(classes.values()) + 1
 
 def square(image, size):
     """ADM's centre crop: halve while twice too large, bicubic to size. PIL -> uint8 (3, S, S)."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
-        image = image.resize([x // 2 for x in image.size], Image.BOX)
-    image = image.resize([round(x * size / min(image.size)) for x in image.size], Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        image = image.resize([x // 2 for x in image.size], Image.Resampling.BOX)
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
-def read_images(dataset, cfg, streamed, i):
+def read_images(dataset, indices, cfg, streamed, i):
     """Decode batch i if streamed, else 256 images from number i on: uint8 (n, 3, S, S), int64 (n,).
     One that cannot be read raises OSError with its name (timm would replace it in silence); with
     --skip-bad a line names it, and it is left out or, if streamed, the next one takes its place."""
-    n, size = len(dataset), cfg.image_size
+    n, size = len(indices), cfg.image_size
     queue = batch_indices(n, cfg, i).tolist() if streamed else [*range(n)[i:i + 256]]
     pairs = [(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))]
-    for index in queue:
+    for k in queue:
         try:
-            image, label = getattr(dataset, "reader", dataset)[index]
+            image, label = getattr(dataset, "reader", dataset)[indices[k]]
             image = Image.open(image) if hasattr(image, "read") else image
             pairs.append((square(image, size)[None], torch.tensor([int(label)])))
         except Exception as error:  # Pillow raises many kinds
-            name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-            if not cfg.skip_bad or len(queue) > 2 * len(dataset):  # none of them can be read
+            name = getattr(dataset, "filename", "number {}".format)(indices[k])
+            if not cfg.skip_bad or len(queue) > 2 * n:  # none of them can be read
                 raise OSError(f"cannot read image {name} (--skip-bad leaves it out): {error}")
             tqdm.write(f"left out image {name}, which cannot be read: {error}", file=sys.stderr)
-            queue += [(index + 1) % n] * streamed
+            queue += [(k + 1) % n] * streamed
     return tuple(torch.cat(column) for column in zip(*pairs))
 
 @functools.lru_cache(maxsize=2)
@@ -341,8 +328,7 @@ def batch(data, cfg, device, step):
         index = batch_indices(data.size, cfg, step).to(device, non_blocking=True)
         pixels, labels = data.images[index], data.labels[index]
     else:
-        if not hasattr(data, "iterator"):
-            data.iterator = data.stream(step)
+        data.iterator = getattr(data, "iterator", None) or data.stream(step)
         with explain(f"--data {cfg.data}", OSError):  # raised in a worker
             pixels, labels = (x.to(device, non_blocking=True) for x in next(data.iterator))
     images = pixels.float() / 127.5 - 1
@@ -374,18 +360,17 @@ def load_encoder(spec, grid, norm="final"):
              (name), args, mean, std (JSON; for images in [0, 1]); looked up beside this file too
     norm     final: the encoder's own last one | none: before it | plain: LayerNorm, not affine"""
     import timm, safetensors
-    path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
     with explain(f"--encoder {spec} (timm:name, or a file that simsiam.py makes)", Exception):
         if spec.startswith("timm:"):
             patch = getattr(timm.create_model(spec[5:]), "patch_embed", None)
             size = {"img_size": grid * patch.patch_size[0]} if patch else {}
             model = timm.create_model(spec[5:], pretrained=True, num_classes=0, **size)
             return Encoder(model, grid, norm, *(model.pretrained_cfg[k] for k in ("mean", "std")))
-        with safetensors.safe_open(path, "pt") as f:
-            meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        model = timm.create_model(meta["timm"], num_classes=0, **json.loads(meta["args"]))
-        model.load_state_dict(weights)
-        return Encoder(model, grid, norm, *(json.loads(meta[k]) for k in ("mean", "std")))
+        path = spec if os.path.isfile(spec) else Path(__file__).parent / spec
+        with safetensors.safe_open(path, "pt") as file:
+            name, args, mean, std = (file.metadata()[k] for k in ("timm", "args", "mean", "std"))
+        model = timm.create_model(name, checkpoint_path=path, num_classes=0, **json.loads(args))
+        return Encoder(model, grid, norm, json.loads(mean), json.loads(std))
 
 # ---- the run ---------------------------------------------------------------------------
 def load_checkpoint(path):
@@ -446,8 +431,9 @@ def steps(cfg, state):
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
-    handlers = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as at_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_end.callback(signal.signal, number, signal.signal(number, catch))
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
                          disable=RANK > 0 or None):
             torch.manual_seed(mix(cfg.seed, step, RANK))
@@ -464,9 +450,6 @@ def steps(cfg, state):
                 dist.barrier() if WORLD > 1 else None  # no rank reads it, or leaves, too early
             if stop and step + 1 < cfg.steps:
                 fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def due(cfg, every, step):
     """True every `every` steps (counted from 0), and at the last one."""
@@ -483,11 +466,10 @@ def log(cfg, state, step, **values):
         return
     mean, now = check_finite(cfg, state, step).mean(0), time.perf_counter()
     (first, before), state["clock"] = state["clock"], (step + 1, now)
+    speed = cfg.batch_size * (step + 1 - first) / (now - before)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    memory = torch.cuda.max_memory_allocated() if row.is_cuda else host
-    line = values | dict(zip(tensors, mean.tolist())) | {
-        "images_per_s": cfg.batch_size * (step + 1 - first) / (now - before),
-        "memory_gb": memory / 2**30}
+    memory = (torch.cuda.max_memory_allocated() if row.is_cuda else host) / 2**30
+    line = values | dict(zip(tensors, mean.tolist())) | {"images_per_s": speed, "memory_gb": memory}
     if RANK == 0:
         tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
@@ -535,9 +517,8 @@ def save_gif(videos, path, columns, fps=8):
     zoom, blank = max(1, 64 // videos.shape[-1]), -len(videos) % columns
     videos = to_uint8(videos).cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
-    cells = videos.unflatten(0, (-1, columns)).permute(3, 0, 4, 1, 5, 2)  # F, row, H, column, W, C
-    frames = cells.flatten(3, 4).flatten(1, 2).expand(-1, -1, -1, 3).numpy()
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+    grid = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
+    first, *rest = [Image.fromarray(frame) for frame in grid.expand(-1, -1, -1, 3).numpy()]
     first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
 def save_npz(images, labels, path):

@@ -2,11 +2,12 @@
 
 Paper     Yu et al. Representation Alignment for Generation: Training Diffusion Transformers Is
           Easier Than You Think. arXiv:2410.06940v1 (REPA)
-          Ma et al. SiT. arXiv:2401.08740; variants: iREPA arXiv:2512.10794, HASTE arXiv:2505.16792
-Here      Eq. 8, L_REPA = -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])): repa_loss, with y_* from
-          teacher_tokens and h_phi from make_projector; Eq. 9, L = L_velocity + lam L_REPA: train;
-          of SiT: SiT, interpolant, velocity_loss, sample_flow; iREPA: --projector conv and
-          --spatial-norm 0.6; HASTE's early stop: --stop-align
+          Ma et al. SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+          Interpolant Transformers. arXiv:2401.08740; variants: iREPA 2512.10794, HASTE 2505.16792
+Here      Eq. 8 repa_loss: L_REPA = -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])), with y_* from
+          teacher_tokens and h_phi from make_projector; Eq. 9 train: L = L_velocity + lam L_REPA;
+          Eq. 1 interpolant, Eq. 4 velocity_loss, Eq. 2, 5 and 7 sample_flow; of SiT: SiT, SiTBlock;
+          iREPA --projector conv --spatial-norm 0.6; HASTE's early stop --stop-align
 Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's have 2); guidance on
           all channels (SiT: three of four); sampler state in float32 (authors: float64); bf16, not
           fp16; EMA with a ramp; the encoder's input is resized with antialiasing; latents are
@@ -15,18 +16,19 @@ Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's ha
 Left out  NT-Xent in place of the cosine, several encoders at once, encoders read before their last
           norm (MAE, CLIP: load_encoder's norm); the authors' cache of latents; probes, CKNNA and
           all comparisons: tests/claims/repa.py
-Notation  x0   clean image or latent, (B, C, H, W), the paper's x_*; f sees the image itself
-          t    0 = data ... 1 = noise, float32 (B,): SiT's own code runs it backwards
-          eps  noise of the same shape                  y  class, int64 (B,); `classes` = no class
-          xt   alpha x0 + sigma eps                     alpha, sigma, d_*  at t, and d/dt of both
-          v    d_alpha x0 + d_sigma eps, dxt / dt       *_hat  predicted by the network
-          h    tokens after block `align_depth`, h_t in the paper, (B, N, D)
-          p    h_phi(h), (B, N, D_f)                    y_star  f(image), y_* in the paper, like p
-Run       python repa.py                      # judge accuracy 0.57, 4 min, 2 CPU cores
-          python repa.py --lam 0 --out runs/sit         # the same without alignment; not measured
-          python repa.py --preset cifar10               # not measured; first, for the teacher,
+Notation  x0      clean image or latent, (B, C, H, W)    t  0 = data ... 1 = noise, float32 (B,)
+          eps     noise of the same shape                y  class, int64 (B,); `classes` = no class
+          xt      alpha x0 + sigma eps                   alpha, sigma  factors at t, (B, 1, 1, 1)
+          v       d_alpha x0 + d_sigma eps, dxt / dt     d_*           their derivatives by t
+          h       tokens after block align_depth, h_t in the paper, (B, N, D); row by row
+          p       h_phi(h), (B, N, D_f)                  *_hat         predicted by the network
+          y_star  f(image), y_* in the paper, like p; the paper's x_*: x0, and the image for f
+          Time runs as in REPA; SiT's own code has it the other way, t = 1 for data
+Run       python repa.py                          # judge accuracy 0.57, 4 min, 2 CPU cores
+          python repa.py --lam 0 --out runs/sit   # the same without alignment; not measured
+          python repa.py --preset cifar10         # not measured; it needs first, as its teacher,
                  python simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
-          torchrun --nproc-per-node 8 repa.py --preset paper --data <folder>     # not measured
+          torchrun --nproc-per-node 8 repa.py --preset paper --data <folder>      # not measured
 """
 import copy
 import math
@@ -162,6 +164,7 @@ def decode_images(vae, x0):
 
 # ---- model -----------------------------------------------------------------------------
 
+# a copy; SiT, too, feeds t in [0, 1] unscaled: not meant so, kept by REPA's authors for parity
 def time_features(t, dim=256):
     """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -199,6 +202,18 @@ class SiTBlock(nn.Module):
         x = x + gate1 * self.attention(self.norm(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
+def make_projector(kind, side, dim, hidden, width):
+    """h_phi of Eq. 8: tokens (B, side^2, dim) -> (B, side^2, width)."""
+    if kind == "conv":  # iREPA: a token sees its neighbours, and nothing is in between
+        return nn.Sequential(Rearrange("b (h w) d -> b d h w", h=side),
+                             nn.Conv2d(dim, width, 3, padding=1),
+                             Rearrange("b d h w -> b (h w) d"))
+    layers = [nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+
 class SiT(nn.Module):
     """Scalable Interpolant Transformer: xt, t, y -> v_hat, zero at initialisation.
 
@@ -233,93 +248,88 @@ class SiT(nn.Module):
             nn.init.zeros_(module.weight)
 
     def forward(self, xt, t, y, align=False):  # (B, C, H, W), (B,), (B,) -> (B, C, H, W)
-        c = F.silu(self.time(time_features(t)) + self.label(y))  # (B, D); t unscaled, as in SiT
+        c = F.silu(self.time(time_features(t)) + self.label(y))  # (B, D)
         h = rearrange(xt, "b c (h i) (w j) -> b (h w) (i j c)", i=self.patch, j=self.patch)
         h = self.embed(h) + self.position  # (B, N, D), row by row
         p = None
         for k, block in enumerate(self.blocks, 1):
             h = block(h, c)
             if k == self.align_depth and align and self.projector:
-                p = self.projector(h)  # h_phi(h_t[n]) for every token n, (B, N, D_f)
+                p = self.projector(h)  # Eq. 8: h_phi(h_t[n]) of every token n, (B, N, D_f)
         shift, scale = self.modulation(c)[:, None].chunk(2, -1)
         h = self.head(self.norm(h) * (1 + scale) + shift)  # (B, N, i j c)
         v_hat = rearrange(h, "b (h w) (i j c) -> b c (h i) (w j)", h=self.side, i=self.patch,
                           j=self.patch)
         return (v_hat, p) if align else v_hat
 
-def make_projector(kind, side, dim, hidden, width):
-    """h_phi: tokens (B, side^2, dim) -> (B, side^2, width)."""
-    if kind == "conv":  # iREPA: a token sees its neighbours, and nothing is in between
-        return nn.Sequential(Rearrange("b (h w) d -> b d h w", h=side),
-                             nn.Conv2d(dim, width, 3, padding=1),
-                             Rearrange("b d h w -> b (h w) d"))
-    layers = [nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
-    for layer in layers:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
-
 # ---- method ----------------------------------------------------------------------------
 
 def interpolant(path, t):
-    """alpha, sigma and their derivatives by t (B,), each (B, 1, 1, 1); t = 0: data, 1: noise."""
+    """alpha, sigma of Eq. 1 and their derivatives by t (B,), each (B, 1, 1, 1)."""
     t = t.view(-1, 1, 1, 1)
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    q = math.pi / 2  # variance-preserving: alpha^2 + sigma^2 = 1
-    return (q * t).cos(), (q * t).sin(), -q * (q * t).sin(), q * (q * t).cos()
+    half = math.pi / 2  # variance-preserving: alpha^2 + sigma^2 = 1
+    angle = half * t
+    return angle.cos(), angle.sin(), -half * angle.sin(), half * angle.cos()
 
 def velocity_loss(net, x0, y, t, path="linear"):
-    """E |v_hat(x_t, t, y) - v|^2, and p of the same forward pass: scalar, (B, N, D_f) or None."""
+    """Eq. 4: E |v_hat(x_t, t, y) - v|^2, and p of the same pass: scalar, (B, N, D_f) or None."""
     eps = torch.randn_like(x0)
     alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
-    xt = alpha * x0 + sigma * eps
+    xt = alpha * x0 + sigma * eps  # Eq. 1
     v = d_alpha * x0 + d_sigma * eps  # dxt / dt
     v_hat, p = net(xt, t, y, align=True)
-    return (v_hat.float() - v).square().mean(), p  # paper: a norm; lam = 0.5 goes with the mean
+    return (v_hat.float() - v).square().mean(), p  # Eq. 4 has a norm; lam = 0.5 goes with the mean
 
 @torch.no_grad()
 def teacher_tokens(encoder, images, side, pool=1, gamma=0.0):
-    """y_star = f(x_*), tokens of clean images (B, 3, S, S): float32 (B, side^2, D_f), row by row.
+    """y_star = f(x_*) of Eq. 8 for clean images (B, 3, S, S): float32 (B, side^2, D_f).
 
     pool   the encoder's grid is this times finer; squares of it are averaged
-    gamma  iREPA's spatial normalisation, (y - gamma mean_n y) / std_n y over tokens n; 0: none
+    gamma  of iREPA's normalisation over tokens n, (y_* - gamma mean_n y_*) / std_n y_*; 0: none
     """
-    y = encoder(images).float()
-    y = reduce(y, "b (h i w j) d -> b (h w) d", "mean", h=side, w=side, i=pool, j=pool)
-    return (y - gamma * y.mean(1, True)) / (y.std(1, keepdim=True) + 1e-6) if gamma else y
+    y_star = encoder(images).float()  # (B, N pool^2, D_f), row by row
+    y_star = reduce(y_star, "b (h i w j) d -> b (h w) d", "mean", h=side, w=side, i=pool, j=pool)
+    if gamma:
+        y_star = (y_star - gamma * y_star.mean(1, True)) / (y_star.std(1, keepdim=True) + 1e-6)
+    return y_star
 
 def repa_loss(p, y_star):
-    """Eq. 8: -cos(y_*[n], h_phi(h_t[n])), mean over images and tokens, float32: in [-1, 1]."""
-    return -F.cosine_similarity(p.float(), y_star, dim=-1).mean()
+    """Eq. 8: -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])), sim the cosine: float32 in [-1, 1]."""
+    return -F.cosine_similarity(y_star, p.float(), dim=-1).mean()  # Eq. 8
 
-def guided(net, z, t, y, guidance):
-    """Classifier-free guidance, o_null + w (o_y - o_null): as in v, since v is affine in o."""
+def guided_v(net, x, t, y, guidance):
+    """v_hat under classifier-free guidance, v_null + guidance (v_y - v_null), like x; 1: v_y alone.
+
+    The drift of Eq. 5 is affine in v: guided like this it would be the same.
+    """
     if guidance == 1:
-        return net(z, t, y).float()
+        return net(x, t, y).float()
     both = torch.cat([y, torch.full_like(y, net.classes)])
-    o, o_null = net(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-    return o_null + guidance * (o - o_null)
+    v_y, v_null = net(x.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+    return v_null + guidance * (v_y - v_null)
 
 @torch.no_grad()
 def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250, guidance=1.0,
-                low=0.0, high=1.0, generator=None, w=2.0, last=0.04):
+                low=0.0, high=1.0, generator=None, diffusion=2.0, last=0.04):
     """x0 from noise, both (B, C, H, W), along the reverse SDE or the ODE, from t = 1 to 0.
 
-    sde        dx = (v - w_t s / 2) dt + sqrt(w_t) dW with w_t = w sigma, Euler-Maruyama on
-               sampling_steps nodes from 1 to `last`, then a step to 0 without noise
-    ode, heun  dx = v dt by Euler, or by Heun with the last step Euler, on an even grid
+    sde        Eq. 5 with w_t = diffusion sigma_t, Euler-Maruyama on sampling_steps nodes from 1 to
+               `last`, then a step to 0 without noise
+    ode, heun  Eq. 2 by Euler, or by Heun with the last step Euler, on an even grid
     low, high  guidance acts for low <= t <= high: not at the noisiest times
-    w          2: SiT, and REPA's code; 1: as REPA prints it
+    diffusion  2: SiT, and REPA's code; 1: as REPA prints it
     """
-    def velocity(x, t):
-        return guided(net, x, x.new_full((len(x),), t), y, guidance if low <= t <= high else 1.0)
+    def v_hat(x, t):
+        guide = guidance if low <= t <= high else 1.0
+        return guided_v(net, x, x.new_full((len(x),), t), y, guide)
 
-    def drift(x, t):  # for the linear path and w = 2 it is (2 - t) v + x
-        v = velocity(x, t)
+    def drift(x, t):  # for the linear path and diffusion = 2 it is (2 - t) v + x
+        v = v_hat(x, t)
         alpha, sigma, d_alpha, d_sigma = interpolant(path, x.new_full((1,), t))
-        sigma_s = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)  # sigma score
-        return v - w / 2 * sigma_s  # w_t s = w (sigma s): nothing is divided by sigma
+        sigma_s = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)  # Eq. 7, sigma s
+        return v - diffusion / 2 * sigma_s  # Eq. 5: v - w_t s / 2, without a division by sigma
 
     x = noise
     if sampler == "sde":
@@ -328,14 +338,15 @@ def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250,
         nodes = nodes.tolist()
         for t, t_next, sigma in zip(nodes, nodes[1:], sigmas):
             xi = torch.randn(x.shape, generator=generator).to(x)
-            x = x + drift(x, t) * (t_next - t) + (w * sigma * (t - t_next))**0.5 * xi
+            std = (diffusion * sigma * (t - t_next))**0.5
+            x = x + drift(x, t) * (t_next - t) + std * xi  # Eq. 5
         return x - drift(x, nodes[-1]) * nodes[-1]
     nodes = torch.linspace(1, 0, sampling_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(nodes, nodes[1:]):
-        v = velocity(x, t)
+        v = v_hat(x, t)
         if sampler == "heun" and t_next > 0:
-            v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
-        x = x + (t_next - t) * v
+            v = (v + v_hat(x + (t_next - t) * v, t_next)) / 2
+        x = x + (t_next - t) * v  # Eq. 2
     return x
 
 # ---- train -----------------------------------------------------------------------------
@@ -396,7 +407,7 @@ def train(cfg):
             velocity, p = velocity_loss(net, x0, y, t, cfg.path)
             if encoder and (step < cfg.stop_align or not cfg.stop_align):
                 y_star = teacher_tokens(encoder, images, model.side, cfg.pool, cfg.spatial_norm)
-                align = repa_loss(p, y_star)
+                align = repa_loss(p, y_star)  # Eq. 8
             else:  # 0, also in the gradient of h_phi: DDP waits for every parameter
                 align = 0 * (velocity if p is None else p.float().sum())
             loss = velocity + cfg.lam * align  # Eq. 9

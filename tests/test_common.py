@@ -254,7 +254,33 @@ def test_truncated_image_is_named_or_left_out_but_never_replaced_in_silence(
     assert data.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
 
-def test_square_crops_the_centre_and_halves_with_a_box():
+def test_a_streamed_batch_takes_the_next_of_its_part_for_an_image_that_cannot_be_read(
+    folder, monkeypatch, capfd
+):
+    for k in range(18):
+        Image.new("RGB", (8, 8), (k, 255, 0)).save(folder / "dog" / f"x{k}.png")
+    pixels = load(folder).images[:, :2, 0, 0].tolist()  # 30, all different
+    for bad in (folder / "dog" / "x0.png", folder / "dog" / "x1.png"):  # numbers 8 and 9
+        bad.write_bytes(bad.read_bytes()[:45])
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1)  # no memory
+    monkeypatch.setattr(common.os, "cpu_count", lambda: 0)  # no workers
+    cfg, cpu = config("--data", folder, "--skip-bad", "--batch-size", 3), torch.device("cpu")
+    for split, part in (
+        ("train", [i for i in range(30) if i % 10 < 9]),
+        ("validation", [9, 19, 29]),
+    ):
+        data = common.load_images(cfg, cpu, split)
+        assert data.images is None and data.size == len(part)
+        x = torch.cat([common.batch(data, cfg, cpu, step)[0] for step in range(len(part) // 3)])
+        seen = ((x[:, :2, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert len(seen) == len(part)
+        assert sorted(pixels[i] for i in part if i not in (8, 9)) == sorted(
+            list(pixel) for pixel in {tuple(pixel) for pixel in seen}
+        )
+    assert "dog/x0.png" in capfd.readouterr().err
+
+
+def test_square_crops_the_centre_halves_with_a_box_and_resizes_with_antialiasing():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
     assert torch.equal(
@@ -264,6 +290,15 @@ def test_square_crops_the_centre_and_halves_with_a_box():
     half = torch.nn.functional.avg_pool2d(fine[None, None].float(), 2)[0, 0]
     got = common.square(Image.fromarray(fine.numpy()).convert("RGB"), 4)[0].float()
     assert (got - half).abs().max() <= 0.5
+    for h, w in ((16, 16), (48, 16), (16, 48)):  # resized whole, then cropped: the same
+        photo = torch.randint(64, 192, (1, 3, h, w), dtype=torch.uint8)  # overshoots, no clipping
+        whole = torch.nn.functional.interpolate(
+            photo.float(), (h * 9 // 16, w * 9 // 16), mode="bicubic", antialias=True
+        )[0]
+        y, x = ((n - 9) // 2 for n in whole.shape[1:])
+        got = common.square(Image.fromarray(photo[0].permute(1, 2, 0).numpy()), 9)
+        assert got.dtype == torch.uint8
+        assert (got - whole[:, y : y + 9, x : x + 9]).abs().max() <= 1
 
 
 def test_flip_mirrors_about_half():

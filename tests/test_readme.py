@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.claims import table as claim_table
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n?(?:sh|bash)?\n(.*?)```", README, re.S)
 KEY = r"<!-- (\w+)_(cpu|gpu); ([^;>]+); ([^;>]+); ([\w.]+) -->"
 RESULTS = [p for p in sorted((ROOT / "results").glob("*_?pu.json")) if "benchmark" not in p.name]
-CELLS = re.findall(KEY + r"([\d.]+(?: ± [\d.]+)?|not measured)", README)
+CELLS = re.findall(KEY + r"(-?[\d.]+(?: ± [\d.]+)?|not measured)", README)
 
 
 def test_cells_equal_their_json():
@@ -27,14 +29,16 @@ def test_cells_equal_their_json():
         rows = json.loads(path.read_text())["rows"]
         found = [r["metrics"][metric] for r in rows if (r["table"], r["arm"]) == (table, arm)]
         assert len(found) == 1, (table, arm)
-        expected = cell(found[0]["mean"], found[0]["std"])
+        expected = claim_table.figure(found[0]["mean"], found[0]["std"])
         assert shown == expected, (table, arm, metric, expected)
 
 
-def cell(mean, std):
-    """How a figure is written: three significant digits, the spread with as many decimals."""
-    decimals = max(0, 2 - (len(str(int(abs(mean)))) - 1 if abs(mean) >= 1 else 0))
-    return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
+def test_table_of_claims_is_up_to_date():
+    assert (ROOT / "results/README.md").read_text() == claim_table.table(ROOT / "results")
+    for mean, std, text in ((0.04251, None, "0.0425"), (8771.7, 22.4, "8772 ± 22"),
+                            (-0.9714, 0.0302, "-0.971 ± 0.030"), (0.0, 0.0, "0.00 ± 0.00"),
+                            (12.345, 0.6, "12.3 ± 0.6"), (3e-7, None, "0.0000")):
+        assert claim_table.figure(mean, std) == text
 
 
 @pytest.mark.parametrize(

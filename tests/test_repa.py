@@ -289,7 +289,7 @@ def test_samplers_leave_the_std_of_the_gaussian_table(s, monkeypatch):
     columns = [("ode", 2, 50), ("ode", 2, 250), ("sde", 1, 50), ("sde", 1, 250), ("sde", 2, 50),
                ("sde", 2, 250)]
     for (sampler, w, n), expected in zip(columns, TABLE[s]):
-        std, times = final_std(s, monkeypatch, sampler=sampler, sampling_steps=n, w=w)
+        std, times = final_std(s, monkeypatch, sampler=sampler, sampling_steps=n, diffusion=w)
         assert std == pytest.approx(expected, abs=1e-3), (sampler, w, n)
         assert len(times) == n and times[0] == 1
         assert times[-1] == pytest.approx(0.04 if sampler == "sde" else 1 / n)
@@ -392,7 +392,7 @@ def test_cknna_by_hand():
 def test_features_are_mean_tokens_of_each_block_without_a_class():
     cfg = script.Config(image_size=8, patch=2, path="vp", precision="fp32")
     net, images = stir(network()), torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    h, p, error = claim.look(net, images, 0.3, cfg, torch.device("cpu"), seed=5)
+    means, h, p, error = claim.look(net, images, 0.3, cfg, torch.device("cpu"), seed=5)
     eps = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     x0, a, b = images / 127.5 - 1, math.cos(0.15 * math.pi), math.sin(0.15 * math.pi)
     y, t = torch.full((6,), 5), torch.full((6,), 0.3)
@@ -401,10 +401,183 @@ def test_features_are_mean_tokens_of_each_block_without_a_class():
     v = math.pi / 2 * (a * eps - b * x0)
     assert error == pytest.approx((v_hat - v).square().mean().item(), rel=1e-4)
     kept = []
-    net.blocks[2].register_forward_hook(lambda m, args, out: kept.append(out.mean(1)))
+    for k in (1, 2):
+        net.blocks[k].register_forward_hook(lambda m, args, out: kept.append(out))
     net(a * x0 + b * eps, t, y)
-    assert h.shape == (3, 6, 16) and torch.allclose(h[2], kept[0], atol=1e-5)
+    assert means.shape == (3, 6, 16) and torch.allclose(means[2], kept[1].mean(1), atol=1e-5)
+    assert torch.allclose(h, kept[0], atol=1e-5)  # of block align_depth, 2
     assert not net.blocks[0]._forward_hooks
+
+
+def test_targets_of_the_claim_are_those_of_the_script_by_other_means():
+    y, images = torch.randn(3, 64, 5), torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    for pool, gamma in ((1, 0.0), (2, 0.0), (2, 0.6), (4, 0.7)):
+        got = claim.tokens_of(lambda x: y, images, 8 // pool, pool, gamma)
+        by_hand = torch.zeros(3, (8 // pool)**2, 5)
+        for n in range(64):
+            row, column = n // 8 // pool, n % 8 // pool
+            by_hand[:, row * (8 // pool) + column] += y[:, n] / pool**2
+        if gamma:
+            by_hand = (by_hand - gamma * by_hand.mean(1, True)) / by_hand.std(1, keepdim=True)
+        assert torch.allclose(got, by_hand, atol=1e-4)
+        theirs = script.teacher_tokens(lambda x: y, None, 8 // pool, pool, gamma)
+        assert torch.allclose(got, theirs, atol=1e-5)
+
+
+def test_random_encoder_has_the_statistics_of_its_images():
+    teacher, images = ROOT / "assets/teacher.safetensors", images_of("shapes", 32).images[:40]
+    claim.random_encoder("made/random.safetensors", teacher, images[:30], 4, part=15)
+    encoder, model = load_encoder("made/random.safetensors", 4), load_encoder(str(teacher), 4).model
+    assert not torch.equal(encoder.model.stem.conv.weight, model.stem.conv.weight)
+    seen, norms = [], [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.running_mean.abs().sum() > 0 for m in norms)
+    norms[0].register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    encoder(images[:30] / 127.5 - 1)
+    assert torch.allclose(norms[0].running_mean, seen[0].mean((0, 2, 3)), atol=1e-3)
+    batches = torch.stack([x.var((0, 2, 3)) for x in seen[0].split(15)]).mean(0)
+    assert torch.allclose(norms[0].running_var, batches, rtol=1e-3)
+
+    def constant(encoder):  # how well a constant answers the tokens of other images
+        y = claim.tokens_of(encoder, images, 2, 2)
+        return F.cosine_similarity(y[30:], claim.constant_answer(y[:30]), dim=-1).mean()
+
+    calibrated = constant(encoder)
+    for m in norms:
+        m.reset_running_stats()
+    assert calibrated < constant(encoder) - 0.05
+
+
+def test_contrasts_see_positions_and_images():
+    y = torch.randn(50, 16, 9)
+    match, place, image = claim.contrasts(3 * y, y)
+    assert match == pytest.approx(1, abs=1e-5) and image > 0.9
+    assert place == pytest.approx(0.75, abs=0.05)  # a mirrored grid keeps its diagonal
+    grid = y.view(50, 4, 4, 9)
+    for turned in (grid.transpose(1, 2), grid.flip(1), grid.flip(2), grid.flip(1, 2),
+                   grid.rot90(1, (1, 2)), grid.rot90(3, (1, 2)),
+                   grid.rot90(1, (1, 2)).flip(1)):  # a wrong order of tokens is found out
+        assert claim.contrasts(turned.reshape(50, 16, 9), y)[1] < -0.6
+    _, place, image = claim.contrasts(y.mean(1, True).expand_as(y), y)  # what, but not where
+    assert abs(place) < 0.1 and image > 0.1
+    fixed = torch.randn(1, 16, 9)
+    y = y + 3 * fixed
+    _, place, image = claim.contrasts(fixed.expand_as(y), y)  # where, but not what
+    assert place > 0.5 and abs(image) < 0.05
+
+
+def test_contrasts_by_hand():
+    p, y = torch.randn(7, 4, 3), torch.randn(7, 4, 3)
+    cosine = lambda i, n, j, m: F.cosine_similarity(p[i, n], y[j, m], dim=0).item()
+    over = lambda f: sum(f(i, n) for i in range(7) for n in range(4)) / 28
+    match, place, image = claim.contrasts(p, y)
+    assert match == pytest.approx(over(lambda i, n: cosine(i, n, i, n)), abs=1e-5)
+    orders = [(1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0), (0, 2, 1, 3), (3, 1, 2, 0), (1, 3, 0, 2),
+              (2, 0, 3, 1)]  # of 0 1 / 2 3
+    best = [over(lambda i, n: cosine(i, n, i, order[n])) for order in orders]
+    best.append(over(lambda i, n: sum(cosine(i, n, i, m) for m in range(4) if m != n) / 3))
+    assert place == pytest.approx(match - max(best), abs=1e-5)
+    every = sum(cosine(i, n, j, n) for i in range(7) for j in range(7) for n in range(4) if i != j)
+    many = [claim.contrasts(p[o], y[o])[2] for o in (torch.randperm(7) for _ in range(400))]
+    assert match - sum(many) / 400 == pytest.approx(every / (7 * 6 * 4), abs=0.02)
+
+
+def test_readout_finds_a_linear_map_and_nothing_in_noise():
+    y = F.normalize(torch.randn(400, 4, 6) + torch.randn(4, 6), dim=-1)
+    h = 5 * y @ torch.randn(6, 6) + 3
+    got = claim.readout(h[:300], 2 * y[:300], h[300:])
+    assert F.cosine_similarity(got, y[300:], dim=-1).mean() > 0.99
+    noise = torch.randn(400, 4, 6)
+    answer = claim.constant_answer(y[:300])
+    got = claim.readout(noise[:300], y[:300], noise[300:])
+    assert torch.allclose(got, answer.expand_as(got), atol=0.2)
+    by_constant = F.cosine_similarity(answer, y[300:], dim=-1).mean()
+    assert abs(F.cosine_similarity(got, y[300:], dim=-1).mean() - by_constant) < 0.02
+
+
+def test_steps_to_a_goal_and_a_curve_against_itself():
+    marks = (1, 2, 4, 8)
+    assert claim.first_reach(marks, (9, 5, 3, 4), 4) == 3
+    assert claim.first_reach(marks, (9, 5, 3, 4), 9) == 1
+    assert claim.first_reach(marks, (9, 5, 3, 4), 3) == 4
+    assert claim.first_reach(marks, (9, 5, 3, 4), 2) == math.inf
+    for curve in ((9, 5, 3, 4), (9, 8, 7, 6), (1, 2, 3, 4), (5, 5, 5, 5), (9, 3, 4, 2)):
+        assert claim.speed_ratio(marks, curve, curve) == 1
+    assert claim.speed_ratio(marks, (9, 5, 3, 4), (9, 3, 2, 2)) == 2
+    assert claim.speed_ratio(marks, (9, 5, 3, 4), (9, 9, 4, 3)) == 0.5
+    assert claim.speed_ratio(marks, (9, 5, 3, 4), (9, 9, 9, 9)) == 0
+
+
+def test_words_of_the_rules():
+    yes, no, open_ = "as in the paper", "contradicted", "not resolved"
+    assert claim.above([5, 6], [1, 2]) == yes and claim.above([1, 2], [5, 6]) == no
+    assert claim.above([5, 9], [1, 6]) == open_  # 3.5 apart, spreads 2.8 and 3.5
+    assert claim.above([5, 5.1, 5], [4, 4, 5.2]) == open_  # not at every seed
+    assert claim.above([1, 1], [1, 1]) == open_
+    for words, word in ((3 * [yes], yes), (3 * [no], no), (3 * [open_], open_),
+                        ([yes, yes, no], "partly"), ([yes, open_], open_), ([yes, no, no], open_),
+                        ([no, open_, open_], open_), ([no, no, open_], no)):
+        assert claim.together(dict(enumerate(words))) == word, words
+    assert claim.hold({"a": True, "b": False}) == {"a": yes, "b": no}
+    assert claim.faster([1.3, 1.21]) == yes and claim.faster([1.3, 1.1]) == open_
+    assert claim.faster([1, 1]) == open_ and claim.faster([0, 0.8]) == no
+
+
+class Numbers(dict):
+    """Metrics of an arm: those given, and 0.5 for each other."""
+
+    def __missing__(self, name):
+        return 0.5
+
+
+@pytest.mark.parametrize("taught", [0.9, 0.4])
+def test_verdicts_need_a_teacher_that_knows_more(taught):
+    good = Numbers({f"{k}_2_{t}": 0.7 for k in ("probe", "cknna", "judge") for t in claim.TIMES})
+    good |= {f"{k}_{t}": 0.7 for k in ("readout", "place", "image") for t in claim.TIMES}
+    good |= {f"best_{k}": 0.7 for k in ("probe", "cknna", "judge")}
+    good |= {"probe": 0.7, "fd": 0.1, "aligned_0.1": 0.3, "aligned_0.7": 0.1}
+    arms = {"vanilla": Numbers(), "REPA": Numbers(good), "iREPA": Numbers(good | {"fd": 0.05}),
+            "random": Numbers(), "shuffled": Numbers({f"aligned_{t}": 0.01 for t in claim.TIMES})}
+    report = {"args": types.SimpleNamespace(preset="cpu"), "align_depth": 2, "depth": 3,
+              "path": Path("result"), "json": {"claims": [], "rows": []},
+              "done": {("arms", name): {0: m, 1: m} for name, m in arms.items()}}
+    report["done"]["teacher", "teacher"] = {0: {"probe": taught}}
+    claim.judge_claims(report)
+    words = {c["table"]: c["agrees"] for c in report["json"]["claims"]}
+    first = words.pop("teacher")
+    assert first == ("as in the paper" if taught == 0.9 else "contradicted")
+    assert set(words) == {"probe", "cknna", "best", "alignment", "place", "shuffled", "random",
+                          "fd", "irepa"}
+    assert set(words.values()) == {"as in the paper" if taught == 0.9 else "not resolved"}
+
+
+def test_exchanged_targets_are_those_of_another_image_and_only_there(monkeypatch):
+    own, seen = script.teacher_tokens, []
+    real = script.repa_loss
+    monkeypatch.setattr(script, "repa_loss", lambda p, y: seen.append(y) or real(p, y))
+    for active in (False, True):
+        with claim.exchanged_targets(active):
+            script.main(SMALL + ["--steps", "1", "--out", f"run-{active}"])
+        assert script.teacher_tokens is own
+    assert torch.equal(seen[1], seen[0].roll(1, 0)) and not torch.equal(seen[1], seen[0])
+
+
+def test_code_of_a_claim_is_that_of_its_judge_and_teachers_too(monkeypatch):
+    files = []
+
+    def stop(script, doc, argv, also):
+        files.append([Path(f) for f in also])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claim, "open_report", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            claim.main([])
+        Path("runs/teacher-cifar10").mkdir(parents=True, exist_ok=True)
+        Path("runs/teacher-cifar10/teacher.safetensors").touch()
+    assert {"simsiam.py", "judge.py", "judge_shapes_32.safetensors"} <= {f.name for f in files[0]}
+    assert all((ROOT / f).exists() for f in files[1])
+    made = Path("runs/teacher-cifar10/teacher.safetensors").resolve()
+    assert set(files[1]) - set(files[0]) == {made}
 
 
 # ---- the script ------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Every claim with its verdict and the numbers it rests on: writes results/README.md.
+
+    python -m tests.claims.table
+"""
+import json
+import math
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the rows lie elsewhere
+    "consistency_training": {
+        "ring": "sw_1: iCT | ECT | CT, no EMA | CT | iCT, EMA target",
+        "shrink": "ring/std_ratio: iCT, no stop-gradient | CT, no EMA, no stop-gradient",
+        "images": "fd_1: iCT | ECT | CT, no EMA, s1 = 18 | iCT, no stop-gradient",
+        "features": "images/probe_0.5: iCT | denoiser"},
+    "simsiam": {
+        "collapse": "probe: full | no stop-gradient | no predictor | untrained",
+        "teacher": "probe: teacher | untrained | pixels"},
+    "balanced_representation": {
+        "memorise": "cosine: rmsprop | adam", "statistics": "block_error: Gaussians",
+        "hybrid": "auroc_std: copies", "regimes": "auroc_std: n = 5 | n = 100 | n = 10000",
+        "noise": "cosine: sigma = 0.2 | sigma = 1 | sigma = 5",
+        "sampling": "memorised: n = 5 | n = 10000", "denoiser": "auroc_std_own: U-Net"},
+    "representation_dynamics": {
+        "snr": "snr_0_296: exact, K = 2 | formula, K = 2",
+        "learned": "subspace_error: K = 2 | K = 3",
+        "relaxed": "peak: none | angle 30 | ranks 10 and 2 | weights .8 and .2",
+        "probe": "peak: noisy | clean | noisy, all labels",
+        "memorised": "rise: N = 60 | N = 600 | N = 6000 | exact",
+        "images": "level: N 64 | N 512 | N 4096 | N all", "grain": "rise: N all",
+        "sharing": "mean: shared | separate",
+        "ensemble": "gain: 0% wrong labels | 40% wrong labels | 80% wrong labels"},
+    "repa": {
+        "teacher": "probe: teacher | random | pixels",
+        "probe": "arms/probe: vanilla | REPA | iREPA | random | shuffled",
+        "cknna": "arms/cknna: vanilla | REPA | iREPA | random | shuffled",
+        "best": "arms/probe_4_0.1: vanilla | REPA | iREPA",
+        "alignment": "arms/aligned_0.1: REPA | iREPA | random | shuffled",
+        "place": "arms/place_0.1: REPA | iREPA | shuffled",
+        "shuffled": "arms/probe: vanilla | shuffled | REPA",
+        "random": "arms/probe: random | REPA", "fd": "arms/fd: vanilla | REPA",
+        "irepa": "arms/fd: REPA | iREPA"},
+    "moe_subspace": {
+        "error": "excess_0.3: D 256 eta 0.1 MoE | D 256 eta 0.1 MoLRG | D 256 eta 0.1 MLP-L",
+        "samples": "slope: eta 0 MoE | eta 0.1 MoE | eta 0 MoLRG",
+        "rate": "rate: separated | overlap", "size": "excess_0.3: width 24 | width 400",
+        "gate": "excess_1: soft | label | top-1 | without d_k | without |z|^2",
+        "images": "fd: specific gauss | specific mog | specific mlp | specific U-Net",
+        "unified": "images/fd: unified mog | specific mog | unified U-Net"},
+    "ddpm_xpred": {
+        "buried": "verr: D 2 x | D 512 x | D 512 v | D 512 eps",
+        "nine": "verr: eps-loss x | x-loss v | x-loss eps",
+        "high": "tv: v-loss x | v-loss v | v-loss eps",
+        "low": "tv: v-loss x | v-loss v | v-loss eps"},
+}
+
+
+def figure(mean, std):
+    """A metric as text: three digits, at most four decimals; mean ± std with as many."""
+    size = math.floor(math.log10(abs(mean))) if mean else 0
+    decimals = min(4, max(0, 2 - size))
+    return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
+
+
+def numbers(report, claim):
+    """`metric: arm mean ± std, ...` of the rows that SHOWN names for a claim; KeyError if none."""
+    where, arms = SHOWN[report["script"]][claim].split(": ", 1)
+    table, metric = where.split("/") if "/" in where else (claim, where)
+    rows = {(row["table"], row["arm"]): row["metrics"] for row in report["rows"]}
+    found = [rows[table, arm][metric] for arm in arms.split(" | ")]
+    return f"{metric}: " + "; ".join(
+        f"{arm} {figure(m['mean'], m['std'])}" for arm, m in zip(arms.split(" | "), found))
+
+
+def table(folder):
+    """Markdown text of all claims in folder/*_cpu.json and *_gpu.json."""
+    lines = ["# Claims", "", "Written by `python -m tests.claims.table` from the JSON files here. "
+             "What counts as agreeing stands in the",
+             "docstrings of [tests/claims/](../tests/claims). Mean ± std over seeds.", "",
+             "| script | claim | the paper | here | numbers | seeds | device | commit |",
+             "|---|---|---|---|---|---|---|---|"]
+    for path in sorted(folder.glob("*_[cg]pu.json")):
+        report = json.loads(path.read_text())
+        for claim in report.get("claims", ()):  # a benchmark has none
+            cells = [report["script"], claim["table"], claim["claim"], f"**{claim['agrees']}**",
+                     numbers(report, claim["table"]), str(len(report["seeds"])), report["device"],
+                     report["commit"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    (ROOT / "results/README.md").write_text(table(ROOT / "results"))
+
+
+if __name__ == "__main__":
+    main()
