@@ -386,7 +386,7 @@ def sharing_arm(name, seed, folder):
     with torch.no_grad():
         features = [net.features(x0 + s * eps, x0.new_full((len(x0),), s))
                     for net, s in zip(nets, SHARING)]
-    curve = probe_curve(features, y, 30, 5).mean(0)
+    curve = probe_curve(features, y, 30, 5).double().mean((0, 1))
     rough = curve.diff().diff().abs().mean().item()
     return named("acc", SHARING, curve.tolist()) | {"mean": curve.mean().item(), "rough": rough}
 
