@@ -3,16 +3,18 @@
 Paper     Li, Zhang, Li, Chen, Zhu, Wang, Qu. Understanding Representation Dynamics of Diffusion
           Models via Low-Dimensional Modeling. arXiv:2502.05743v4
           Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
-Here      Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block model), Def. 1 snr,
-          Theorem 1 class_confidence and snr_formula, Sec. 5 activations, logistic_probe, curve,
-          Fig. 5 class_subspaces, Fig. 6 nearest_ratio; EDM denoise_edm, sample_edm
+Here      images, what this script trains: EDM denoise_edm, sample_edm, Sec. 5 activations,
+          logistic_probe, curve, Fig. 5 class_subspaces, Fig. 6 nearest_ratio; theory, which tests
+          and claim run: Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block
+          model), Def. 1 snr, Theorem 1 class_confidence and snr_formula, memorising_denoiser
 Changed   D_t in class_confidence has the term of psi, which the appendix leaves out: exact for the
-          expectation that it stands for; the gate of Prop. 1 in its form for orthogonal subspaces.
+          expectation that it stands for; the gate of Prop. 1 in its form for orthogonal subspaces;
+          MoLRG draws its classes in turn, as many points of each.
           Images: a small U-Net, not DDPM++; input in EDM's scaling; the probe is fitted on
           held-out images and tested on others, whatever the network was trained on (paper: on its
           training set); a sample is memorised if its nearest training image is 3 times as near as
           the next (authors: SSCD above 0.6); unimodal: up and down by two standard errors over test
-          images; AdamW, constant rate
+          images, the peak chosen by others of them; AdamW, constant rate
 Left out  segmentation, transfer, FID, sliced Wasserstein distance, curves during over-training;
           weight sharing, ensembles, unequal subspaces: tests/claims/representation_dynamics.py
 Notation  sigma  standard deviation of the noise: 0 is data     x0   clean data
@@ -24,7 +26,6 @@ Run       python representation_dynamics.py    # accuracy 0.49 at sigma 0.008, 4
           python representation_dynamics.py --preset cifar10     # not measured
           torchrun --nproc-per-node 8 representation_dynamics.py --preset paper     # not measured
 """
-import argparse
 import copy
 import dataclasses
 import functools
@@ -81,10 +82,8 @@ class Config:
     probe_images: int = 3000  # held-out images that the probe is fitted on, and as many to test
 
     def __post_init__(self):
-        least = dict(patch=1, dim=8, scales=1, blocks=1, warmup=1)
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if min(self.patch, self.dim, self.scales, self.blocks, self.warmup) < 1:
+            raise ValueError("patch, dim, scales, blocks and warmup must be at least 1")
         coarsest = self.patch * 2**(self.scales - 1)
         if self.image_size % coarsest or self.dim % 8:
             raise ValueError(f"image_size {self.image_size} must be divisible by {coarsest}, patch "
@@ -93,8 +92,8 @@ class Config:
             raise ValueError(f"subset {self.subset} must be 0 or at least one batch")
         if not self.lr > 0 or not 0 <= self.ema_decay < 1:
             raise ValueError(f"need lr > 0, ema_decay in [0, 1): {self.lr} and {self.ema_decay}")
-        rising = [0, *levels(self.sigmas)]
-        if len(rising) < 4 or any(not a < b for a, b in zip(rising, rising[1:])):
+        sigmas = levels(self.sigmas)
+        if len(sigmas) < 3 or sigmas != sorted({*sigmas}) or not sigmas[0] > 0:
             raise ValueError(f"sigmas must be three or more, positive and rising: {self.sigmas}")
 
 CIFAR10 = dict(compile="auto", data="torch/cifar10", image_size=32, patch=1, dim=128, scales=3,
@@ -107,15 +106,14 @@ PRESETS = {
 SAMPLING = ("layer", "sigmas", "probe_images")
 
 # ---- data ------------------------------------------------------------------------------
-# Images x0 in [-1, 1] and y, for the probes alone, are common's; data of the theory: MoLRG.draw.
 def take(data, cfg, device, n):
     """Up to n images uint8 (n, 3, S, S) and labels (n,), in whole batches; same on all ranks."""
     size = cfg.batch_size if data.images is None else min(cfg.batch_size, n, data.size)
-    size = size // WORLD * WORLD
-    if size == 0:
+    if (size := size // WORLD * WORLD) == 0:
         fail(f"--data {cfg.data}: {data.size} images to measure on are too few for {WORLD} ranks")
     cfg, rows = dataclasses.replace(cfg, flip=False, batch_size=size), []
-    data = argparse.Namespace(**{k: v for k, v in vars(data).items() if k != "iterator"})  # anew
+    data = copy.copy(data)
+    vars(data).pop("iterator", None)  # where a streamed set has got to in training: start anew
     for step in range(max(1, min(n, data.size) // size)):
         x, y = batch(data, cfg, device, step)
         rows.append((step * size + RANK * len(x) + torch.arange(len(x)), to_uint8(x), y))
@@ -128,15 +126,14 @@ def load_data(cfg, device):
         if data.images is None or data.size < cfg.subset:
             fail(f"--subset {cfg.subset}: of {data.size} images, and they have to fit in memory")
         generator = torch.Generator().manual_seed(cfg.seed)
-        order = torch.randperm(data.size, generator=generator)[:cfg.subset].to(device)
-        data.images, data.labels, data.size = data.images[order], data.labels[order], cfg.subset
+        keep = torch.randperm(data.size, generator=generator)[:cfg.subset].to(device)
+        data.images, data.labels, data.size = data.images[keep], data.labels[keep], cfg.subset
     images, y = take(load_images(cfg, device, "validation"), cfg, device, 2 * cfg.probe_images)
     if (fewest := y[:len(y) // 2].bincount(minlength=data.classes).min()) < 5:
         fail(f"--probe-images {cfg.probe_images}: a class has {fewest}, its subspace needs 5")
     return data, (images, y)
 
 # ---- model -----------------------------------------------------------------------------
-
 class MoLRG(nn.Module):
     """Noisy mixture of low-rank Gaussians (Assumption 1) and its optimal denoiser (Prop. 1).
 
@@ -168,9 +165,9 @@ class MoLRG(nn.Module):
         z = rearrange(x @ self.basis(), "b (k d) -> b k d", k=self.K)
         v, dd = sigma[:, None].square(), self.delta**2
         zeta, xi = 1 / (1 + v), dd / (dd + v)
-        gate = (1 - dd) / (2 * (1 + v) * (dd + v))  # phi - psi = (zeta - xi) / (2 sigma^2)
+        gate = (1 - dd) / (2 * (1 + v) * (dd + v))  # (zeta - xi) / (2 sigma^2)
         w = (gate * z.square().sum(-1)).softmax(-1)  # Prop. 1
-        beta = xi + (zeta - xi) * w
+        beta = xi + (zeta - xi) * w  # gain of a block: of its own class zeta, of another xi
         return (beta[..., None] * z).flatten(1), w
 
     def forward(self, x, sigma):  # (B, n), (B,) -> E[x0 | x], (B, n)
@@ -221,6 +218,7 @@ class DenoisingUNet(nn.Module):
 
     def forward(self, x, c_noise):
         p, half, skips = self.patch, self.dim // 2, []
+        # c_noise in about -2 ... 1 is not scaled up: so does EDM's code
         angle = c_noise[:, None] * 10000 ** (-torch.arange(half, device=x.device) / (half - 1))
         c = self.time(torch.cat([angle.cos(), angle.sin()], -1))  # (B, E)
         h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p))
@@ -236,7 +234,6 @@ class DenoisingUNet(nn.Module):
         return rearrange(h, "b (p q c) h w -> b c (h p) (w q)", p=p, q=p)
 
 # ---- method ----------------------------------------------------------------------------
-
 def snr(h, y, bases):
     """Def. 1: mean over classes k of E |U_k U_k^T h|^2 / E |(I - U_k U_k^T) h|^2. Scalar.
     h (B, D), a denoiser's output or features; y (B,); bases U_k (K, D, d), orthonormal columns."""
@@ -254,8 +251,7 @@ def class_confidence(sigma, d, K, delta):
 
 def snr_formula(sigma, d, K, delta, clean=False):
     """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
-    clean: x0 itself goes in with the label sigma. Up to 7 times snr at the peak, close elsewhere.
-    """
+    clean: x0 goes in as it is, labelled sigma. Up to 7 times snr at the peak, close elsewhere."""
     rate, dd = sigma.square() / delta**2, delta**2
     C_t = 1 / dd if clean else (1 + sigma.square()) / (dd + sigma.square())
     plus, minus = (1 + rate * ((1 - dd) * w + dd) for w in class_confidence(sigma, d, K, delta))
@@ -349,30 +345,28 @@ def class_subspaces(f, y, classes, rank=5):
 
 def unimodality(values):
     """Where the mean of values (repeats, levels) peaks, and by how much: dict of numbers.
-    rise, drop  peak minus value at the first and the last level; standard errors over the repeats,
-                which are test images and paired
-    unimodal    1 if the peak is inside and both exceed two standard errors, else 0
+    rise, drop  peak minus first and last value; standard errors over the repeats. The peak of a
+                repeat is that of the other half of them (even, odd): a maximum is not its own judge
+    unimodal    1 if both halves peak inside and both differences exceed two standard errors
+    at_end      1 if both halves peak at the first or last level
     """
-    peak = values.mean(0).argmax().item()
-    ends = torch.stack([values[:, peak] - values[:, i] for i in (0, -1)])  # (2, repeats)
-    rise, drop = ends.mean(1).tolist()
-    rise_se, drop_se = (ends.std(1) / len(values)**0.5).tolist()
-    unimodal = int(0 < peak < values.shape[1] - 1 and rise > 2 * rise_se and drop > 2 * drop_se)
-    return {"peak": peak, "accuracy": values[:, peak].mean().item(), "rise": rise,
-            "rise_se": rise_se, "drop": drop, "drop_se": drop_se, "unimodal": unimodal}
+    last, odd = values.shape[1] - 1, torch.arange(len(values), device=values.device) % 2
+    peaks = torch.stack([values[odd == 1].mean(0), values[odd == 0].mean(0)]).argmax(1)
+    best = values.gather(1, peaks[odd][:, None])  # (repeats, 1)
+    ends, inside = best - values[:, [0, last]], (peaks > 0) & (peaks < last)
+    (rise, drop), se = ends.mean(0).tolist(), ends.std(0) / len(values)**0.5
+    sure = bool(inside.all() and (ends.mean(0) > 2 * se).all())
+    return {"peak": values.mean(0).argmax().item(), "accuracy": values.mean(0).max().item(),
+            "rise": rise, "rise_se": se[0].item(), "drop": drop, "drop_se": se[1].item(),
+            "unimodal": int(sure), "at_end": int(not inside.any())}
 
 # ---- train -----------------------------------------------------------------------------
-
-def to_float(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
 @torch.no_grad()
 def collect(net, images, sigma, noisy, cfg, device):
     """Features (n, D) of uint8 images at one level, the same noise at each; or of clean input."""
     parts, generator = [], torch.Generator().manual_seed(10_007)
     for x in images.split(500):
-        x, s = to_float(x), torch.full((len(x),), sigma, device=device)
+        x, s = x / 127.5 - 1, torch.full((len(x),), sigma, device=device)
         if noisy:
             x = x + sigma * torch.randn(x.shape, generator=generator).to(device)
         with autocast(cfg, device):
@@ -392,47 +386,50 @@ def curve(net, images, y, classes, noisy, cfg, device):
         logits = logistic_probe(f[:half], y[:half], f[half:], classes)
         right = [(u.argmax(1) == y[half:]).float() for u in (logits, energy)]
         rows.append([*right, snr(h, y[half:], bases)[None]])
-    names = "accuracy", "subspace", "snr"
-    return {name: torch.stack(column, 1).cpu() for name, column in zip(names, zip(*rows))}
+    accuracy, subspace, SNR = (torch.stack(column, 1).cpu() for column in zip(*rows))
+    return {"accuracy": accuracy, "subspace": subspace, "snr": SNR}
 
 def fixed_noise_loss(net, images, cfg, device):
     """image_loss of 2000 draws from uint8 images (n, 3, S, S), the same noise for any images."""
     torch.manual_seed(20_011)
-    x = to_float(images[torch.arange(2000, device=device) % len(images)])
+    x = images[torch.arange(2000, device=device) % len(images)] / 127.5 - 1
     with autocast(cfg, device):
         return torch.stack([image_loss(net, part) for part in x.split(500)]).mean().item()
 
 @torch.no_grad()
-def measure_curves(net, data, held_out, samples, cfg, device, path):
-    """Curves of noisy and clean input to the terminal, <path>_probe.png and .json; samples uint8
-    (n, 3, S, S), each left of its nearest training one, to <path>_nearest.png. Returns numbers."""
+def measure_features(net, data, held_out, samples, cfg, device):
+    """Of samples uint8 (n, 3, S, S): pairs of them and their nearest training image; of the network
+    its curves {noisy, clean: as curve}; and a dict of numbers."""
     curves = {name: curve(net, *held_out, data.classes, name == "noisy", cfg, device)
               for name in ("noisy", "clean")}
-    train_images = take(data, cfg, device, cfg.probe_images)[0]
-    bank = train_images if data.images is None else data.images  # streamed: a part stands for it
-    ratio, index = nearest_ratio(to_float(samples.to(device)), to_float(bank))
-    sigmas, result = levels(cfg.sigmas), unimodality(curves["noisy"]["accuracy"])
-    result["peak"] = sigmas[result["peak"]]
-    if RANK == 0:
-        print(f"{'sigma':>8}" + "".join(f"{f'{k} {m}':>16}" for k in curves for m in curves[k]))
-        for i, sigma in enumerate(sigmas):
-            row = [m[:, i].mean() for c in curves.values() for m in c.values()]
-            print(f"{sigma:8.3f}" + "".join(f"{value:16.4f}" for value in row))
-        lists = {k: {key: m.mean(0).tolist() for key, m in c.items()} for k, c in curves.items()}
-        Path(f"{path}_probe.json").write_text(json.dumps({"sigma": sigmas} | lists))
-        with figure(f"{path}_probe.png", 1, 3) as axes:
-            titles = "probe accuracy", "class-subspace accuracy", "SNR"
-            for ax, title, key in zip(axes[0], titles, ("accuracy", "subspace", "snr")):
-                for name, m in ((name, c[key]) for name, c in curves.items()):
-                    error = m.std(0, correction=0) / len(m)**0.5  # of the mean over test images
-                    ax.errorbar(sigmas, m.mean(0), error, fmt="o-", label=name)
-                ax.set(title=title, xlabel="noise level sigma", xscale="log")
-            axes[0, 0].legend(title="input", fontsize=7)
-        pairs = torch.stack([samples, bank[index].cpu()], 1)[:32].flatten(0, 1)
-        save_grid(pairs, f"{path}_nearest.png", columns=8)
+    result = unimodality(curves["noisy"]["accuracy"])
+    result["peak"] = levels(cfg.sigmas)[result["peak"]]
+    part = take(data, cfg, device, cfg.probe_images)[0]
+    bank = part if data.images is None else data.images  # streamed: a part stands for it
+    ratio, index = nearest_ratio(samples.to(device).float(), bank.float())
     result |= {} if data.images is None else {"memorised": (ratio < 1 / 3).float().mean().item()}
-    return result | {"train": fixed_noise_loss(net, train_images, cfg, device),
-                     "held_out": fixed_noise_loss(net, held_out[0], cfg, device)}
+    result |= {"train": fixed_noise_loss(net, part, cfg, device),
+               "held_out": fixed_noise_loss(net, held_out[0], cfg, device)}
+    return torch.stack([samples, bank[index].cpu()], 1), curves, result
+
+def show_curves(pairs, curves, sigmas, path):
+    """Curves to the terminal, <path>_probe.json and .png; pairs to <path>_nearest.png."""
+    if RANK > 0:
+        return
+    print(f"{'sigma':>8}" + "".join(f"{f'{k} {m}':>16}" for k in curves for m in curves[k]))
+    for i, sigma in enumerate(sigmas):
+        row = (m[:, i].mean() for c in curves.values() for m in c.values())
+        print(f"{sigma:8.3f}" + "".join(f"{value:16.4f}" for value in row))
+    lists = {k: {name: m.mean(0).tolist() for name, m in c.items()} for k, c in curves.items()}
+    Path(f"{path}_probe.json").write_text(json.dumps({"sigma": sigmas} | lists))
+    with figure(f"{path}_probe.png", 1, 3) as axes:
+        for ax, metric in zip(axes[0], ("accuracy", "subspace", "snr")):
+            for name, m in ((name, c[metric]) for name, c in curves.items()):
+                error = m.std(0, correction=0) / len(m)**0.5  # of the mean over test images
+                ax.errorbar(sigmas, m.mean(0), error, fmt="o-", label=name)
+            ax.set(title=metric, xlabel="noise level sigma", xscale="log")
+        axes[0, 0].legend(title="input", fontsize=7)
+    save_grid(pairs[:32].flatten(0, 1), f"{path}_nearest.png", columns=8)
 
 def build(cfg):
     """The network of this config; one line and the end if it has no such layer."""
@@ -475,7 +472,8 @@ def train(cfg):
             path = f"{cfg.out}/samples_{step + 1:07d}"
             images = draw(ema, 128, cfg, device, seed=0)
             save_grid(images[:64], f"{path}.png", columns=8)
-            result = measure_curves(ema, data, held_out, images, cfg, device, path)
+            pairs, curves, result = measure_features(ema, data, held_out, images, cfg, device)
+            show_curves(pairs, curves, levels(cfg.sigmas), path)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **result)
         result = {} if due(cfg, cfg.log_every, step) else result  # stands in one line only
 
@@ -489,8 +487,10 @@ def sample(cfg):
     if cfg.npz:
         save_npz(images, torch.zeros(len(images), dtype=torch.int64), f"{path}.npz")
     cfg = dataclasses.replace(cfg, seed=saved["config"]["seed"])  # --seed is of the noise alone
-    result = measure_curves(net, *load_data(cfg, device), images, cfg, device, path)
-    print(*(f"{k} {v:.4g}" for k, v in result.items()), sep="  ") if RANK == 0 else None
+    pairs, curves, result = measure_features(net, *load_data(cfg, device), images, cfg, device)
+    show_curves(pairs, curves, levels(cfg.sigmas), path)
+    if RANK == 0:
+        print(*(f"{k} {v:.4g}" for k, v in result.items()), sep="  ")
 
 def main(argv=None):
     cfg = parse_config(Config, PRESETS, SAMPLING, argv)
