@@ -27,7 +27,7 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "relaxed": "peak: none | angle 30 | ranks 10 and 2 | weights .8 and .2",
         "probe": "peak: noisy | clean | noisy, all labels",
         "memorised": "rise: N = 60 | N = 600 | N = 6000 | exact",
-        "images": "level: N 64 | N 512 | N 4096 | N all", "grain": "rise: N all",
+        "images": "own_level: N 64 | N 512 | N 4096 | N all", "grain": "rise: N all",
         "sharing": "mean: shared | separate",
         "ensemble": "gain: 0% wrong labels | 40% wrong labels | 80% wrong labels"},
     "self_refine": {
