@@ -46,7 +46,7 @@ FLAGS = {
                             "--diffusion-steps 30 --steps 30",
     "ddpm_xpred": f"{JIT} --bottleneck 4 --class-start 1 --steps 60",
     "moe_subspace": "--precision fp32 --batch-size 20 --vae-channels 4 --latent-dim 4 --modes 2 "
-                    "--rank 2 --sampling-steps 4 --vae-steps 30 --steps 30",
+                    "--rank 2 --vae-steps 30 --steps 30",
     "rae": f"{JIT} --depth 1 --head-dim 24 --head-depth 1 --head-heads 2 --decoder-batch-size 20 "
            "--batch-size 20 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --decoder-mlp 32 "
            "--lr-flat 10 --decoder-steps 30 --steps 30",
@@ -66,7 +66,7 @@ STAGES = {"balanced_representation": "few", "consistency_training": "diffusion",
           "moe_subspace": "vae", "va_vae": "tokenizer", "vjepa_guidance": "generator"}
 BATCHES = {  # where a batch passes by: functions that return it, or take it as this argument
     "balanced_representation": {"paper_loss": 2}, "moe_subspace": {"expert_batch": None},
-    "self_refine": {"flow_loss": 1}, "vjepa_guidance": {"flow_loss_given": 1, "jepa_loss": 1}}
+    "self_refine": {"flow_loss": 1}, "vjepa_guidance": {"flow_loss": 1, "jepa_loss": 1}}
 FOLDERS = sorted(set(FLAGS) - {"self_refine", "vjepa_guidance"})  # these two make their videos
 SCRIPTS = pytest.mark.parametrize("script", sorted(FLAGS))
 TIMED = {"clock", "images_per_s", "memory_gb"}  # what two equal runs may differ in
