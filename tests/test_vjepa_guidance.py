@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -696,25 +693,15 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [[], TINY], ids=["frozen", "tiny"])
-def test_two_ranks_train_both_stages_and_sample_as_one(world):
-    def run(*flags, ranks):
-        head = [sys.executable]
-        if ranks > 1:
-            head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                     "--"]
-        path = Path(script.__file__)
-        done = subprocess.run(head + [str(path), *flags], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr
-
-    run(*SMALL, *world, "--out", "two", ranks=2)
+def test_two_ranks_train_both_stages_and_sample_as_one(world, launch):
+    launch(script, *SMALL, *world, "--out", "two", ranks=2)
     saved = load_checkpoint("two/last.pt")
     assert saved["step"] == 4 and load_checkpoint("two/generator/last.pt")["step"] == 3
     lines = [json.loads(x) for x in Path("two/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == [2, 4] and lines[-1]["rank"] > 1
     for ranks in (1, 2):  # 104 clips: the second rank has the last four
-        run("--sample", "two/last.pt", "--n", "104", "--device", "cpu", "--out", f"s{ranks}",
-            ranks=ranks)
+        launch(script, "--sample", "two/last.pt", "--n", "104", "--device", "cpu", "--out",
+               f"s{ranks}", ranks=ranks)
     assert Path("s1/sample.gif").read_bytes() == Path("s2/sample.gif").read_bytes()
     assert frames_of("s2/sample.gif")[0] == (5 * 66, 104 * 66)
 

@@ -49,7 +49,9 @@ reversed 0.53. By it, the best of 16 of Euler had 7.6 of 10.1, copy-last 7.6; re
 copy-last 4.8. That is why a channel of a frame became a token. With that, freeze, stop, upwards and
 through: 0.60, 0.93, 0.97, 0.49 after 2,757 steps; the same at twice the learning rate; 0.71, 0.95,
 0.98, 0.74 after 6,614. Trained on windows of 12, judged by 4/12/1: 0.82, 0.96, 0.89, 0.32. So
-freeze and through are expected to miss their bound here, for want of training.
+freeze and through are expected to miss their bound here, for want of training. V-JEPA 2 trained in
+place on a CPU (16 px, width 96, mixed masks, texture, 1,600 steps of 32): std 0.88, rank 92 of 96,
+but teleport 0.71, vanish 0, freeze and stop 0.04, upwards 0.56, gain 0.95: no collapse, no physics.
 """
 import functools
 import math
