@@ -18,6 +18,11 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA: no other device has its kernels and its compiler")
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """What a test writes lands in its own temporary folder; its random numbers are fixed."""

@@ -88,8 +88,8 @@ def test_help_lists_every_field_and_survives_a_percent_sign(capsys):
     assert all("--" + name.replace("_", "-") in text for name in Config.__annotations__)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_missing_device(refuses):
+def test_missing_device(refuses, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with CUDA, too
     refuses(lambda: common.setup(config("--device", "cuda")), "cuda", "cpu")
 
 

@@ -560,7 +560,6 @@ def test_two_ranks_train_as_one_sample_as_one_and_stop_together(launch, same_on_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda():
     script.main(
         [

@@ -807,7 +807,6 @@ def test_vaes_train_compiled(small_data):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda():
     off = ("cpu", "fp32", "off", "--device", "--precision", "--compile")
     for extra in ([], ["--projection", "linear", "--sampler", "gated"]):

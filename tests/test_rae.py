@@ -808,7 +808,6 @@ def test_two_ranks_train_both_stages_and_sample_as_one(launch, same_on_two_ranks
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda(small_data):
     script.main(SMALL[6:])  # without device, compile and precision
     assert math.isfinite(lines("runs/rae")[-1]["loss"])

@@ -780,7 +780,6 @@ def test_two_ranks_train_past_the_stop_and_sample_as_one(launch, same_on_two_ran
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda():
     off = ("cpu", "fp32", "off", "--device", "--precision", "--compile")
     script.main([f for f in SMALL if f not in off] + ["--stop-align", "2"])

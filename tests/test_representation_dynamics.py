@@ -707,7 +707,6 @@ def test_bad_input_is_one_line(flags, words, refuses):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda():
     own = ("--device", "cpu", "--precision", "fp32", "--compile", "off")
     script.main([flag for flag in SMALL if flag not in own] + ["--out", "run"])

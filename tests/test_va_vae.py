@@ -833,7 +833,6 @@ def test_two_ranks_train_both_stages_with_a_discriminator():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_compiled_bf16_on_cuda(small_data):
     drop = ("cpu", "fp32", "off", "--device", "--precision", "--compile")
     script.main([f for f in SMALL if f not in drop])
