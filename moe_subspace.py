@@ -447,9 +447,8 @@ def train_vaes(cfg, vae, images, counts, device):
         ema_update(ema, vae, cfg.ema_decay, step)
         log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm)
         if due(cfg, cfg.sample_every, step):  # a row an expert: images, then their reconstructions
-            both = torch.cat([shown, ema.decode(ema.encode(shown)[0])])
-            both = both.transpose(0, 1).flatten(0, 1)
-            save_grid(both, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
+            both = torch.cat([shown, ema.decode(ema.encode(shown)[0])]).transpose(0, 1)
+            save_grid(both.flatten(0, 1), f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
     return ema
 
 def encode_experts(cfg, vae, images, counts, mean, scale, device):
@@ -498,14 +497,11 @@ def train(cfg):
     state = {"model": model, "ema": ema, "opt": opt, "frame": frame,
              "vae": vae.state_dict() if vae else {}}
     for step in steps(cfg, state):
-        if vae:  # a row has a latent of every expert
-            clean = expert_batch(x0, counts, cfg.batch_size // WORLD)
-            noisy, sigma = at_random_levels(clean)
-            x0_hat = net(noisy, 1.0, sigma**2)[0]
-        else:  # a row has one image: the gate learns its prior, too
-            clean, k = batch_by_share(x0, counts, cfg.batch_size // WORLD)
-            noisy, sigma = at_random_levels(clean)
-            x0_hat = net(noisy, 1.0, sigma, k)[0]
+        size = cfg.batch_size // WORLD  # rows of a latent of every expert, or of one image each
+        clean, k = (batch_by_share(x0, counts, size) if not vae
+                    else (expert_batch(x0, counts, size), None))
+        noisy, sigma = at_random_levels(clean)
+        x0_hat = (net(noisy, 1.0, sigma**2) if vae else net(noisy, 1.0, sigma, k))[0]
         loss = score_matching_loss(x0_hat, clean, sigma)
         loss.backward()
         for name in bases:
@@ -522,7 +518,7 @@ def train(cfg):
         if due(cfg, cfg.sample_every, step):
             k = torch.arange(len(counts), device=device)[:10].repeat_interleave(8)
             shown, k = draw(ema, vae, frame, cfg, k, torch.Generator().manual_seed(0))
-            shown = shown[k.argsort(stable=True)]
+            shown = shown[k.argsort(stable=True)]  # a row an expert
             save_grid(shown, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
 
 def sample(cfg):
