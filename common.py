@@ -449,7 +449,7 @@ def steps(cfg, state):
                     entries |= {"step": step + 1, "config": vars(cfg)}
                     save_checkpoint(Path(cfg.out, "last.pt"), entries)
                 dist.barrier() if WORLD > 1 else None  # no rank reads it, or leaves, too early
-            if stop and step + 1 < cfg.steps:
+            if stop:  # in the last step, too: another stage may follow
                 fail(f"stopped at step {step + 1}, saved; run it again to go on", 128 + int(stop))
 
 def due(cfg, every, step):

@@ -565,3 +565,14 @@ def test_figure_writes_a_picture():
     with common.figure("f.png", 1, 2) as axes:
         axes[0, 1].plot([0, 1], [1, 0])
     assert Image.open("f.png").size[0] > 300
+
+
+def test_a_signal_in_the_last_step_ends_the_program_since_another_stage_may_follow():
+    cfg, state = config("--steps", 2, "--save-every", 1), {}
+    with pytest.raises(SystemExit) as stop:
+        for step in common.steps(cfg, state):
+            if step == 1:
+                signal.raise_signal(signal.SIGTERM)
+            common.log(cfg, state, step, loss=torch.ones(()))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert common.load_checkpoint(Path(cfg.out, "last.pt"))["step"] == 2
