@@ -1,5 +1,5 @@
 """What the scripts share: command line, data, encoders, run folder, pictures. It names no paper."""
-import argparse, contextlib, functools, hashlib, inspect, itertools, json, math, os, re, resource
+import argparse, contextlib, functools, hashlib, inspect, json, math, os, re, resource
 import shutil, signal, sys, sysconfig, time
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -218,16 +218,14 @@ def bouncing_balls(n, frames, size, seed, texture=False):
                               tracks=tracks, radius=radius, labels=labels)
 
 def load_images(cfg, device, split="all"):
-    """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
+    """The data set of --data; what takes over a quarter of a GPU's memory (4 GB) is streamed.
     split    all: 50,000 shapes, or a set's training part | validation: 10,000 other shapes, a set's
              held-out part, or, of a folder or .tar without one, every tenth image | train: the rest
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
     S, cuda = cfg.image_size, device.type == "cuda"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # shared by the ranks
-    memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = min(memory, torch.cuda.mem_get_info()[1]) if cuda else memory
+    limit = torch.cuda.mem_get_info()[1] / 4 if cuda else 4 * 2**30
     loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
@@ -240,13 +238,9 @@ def load_images(cfg, device, split="all"):
         data.images, data.labels, data.size = images[keep], y[keep], keep.sum().item()
     else:
         dataset, indices, data.classes = open_dataset(cfg.data, split)
-        streamed = len(indices) * 3 * S * S > memory / 4
+        streamed = len(indices) * 3 * S * S > limit
         read = functools.partial(read_images, dataset, indices, cfg, streamed)
-        if isinstance(dataset, IterableDataset):  # resumes in another order
-            dataset.transform, data.size = functools.partial(square, size=S), math.inf
-            part = loader(dataset, cfg.batch_size // WORLD, drop_last=True)
-            data.stream = lambda step: itertools.chain.from_iterable(itertools.repeat(part))
-        elif streamed:
+        if streamed:
             data.size = len(indices)
             data.stream = lambda step: iter(loader(range(step, 2**60), None, collate_fn=read))
         else:
@@ -263,7 +257,7 @@ def load_images(cfg, device, split="all"):
 
 def open_dataset(name, split):
     """What timm's create_dataset makes of --data, the indices of this split, number of classes."""
-    known = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+    known = ("torch/", "hfds/")  # iterable sets (wds/, tfds/, hfids/) cannot be resumed exactly
     if not name.startswith(known) and not os.path.exists(name):
         fail(f"--data {name}: allowed: shapes, a folder, a .tar, timm's {'..., '.join(known)}...")
     kind, root = (name, "data") if name.startswith(known) else ("", name)
@@ -429,12 +423,10 @@ def steps(cfg, state):
     state["log"], caught = torch.zeros(0, 0), []
     start = start_run(cfg, state)
     state["clock"] = start, time.perf_counter()
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
     with contextlib.ExitStack() as at_end:
         for number in (signal.SIGINT, signal.SIGTERM):
-            at_end.callback(signal.signal, number, signal.signal(number, catch))
+            before = signal.signal(number, lambda number, frame: caught.append(number))
+            at_end.callback(signal.signal, number, before)
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit="step",
                          disable=RANK > 0 or None):
             torch.manual_seed(mix(cfg.seed, step, RANK))
@@ -473,7 +465,8 @@ def log(cfg, state, step, **values):
     line = values | dict(zip(tensors, mean.tolist())) | {"images_per_s": speed, "memory_gb": memory}
     if RANK == 0:
         tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
+        path = Path(cfg.out, "metrics.jsonl")
+        with explain(f"cannot write {path}", OSError), open(path, "a") as file:
             file.write(json.dumps({"step": step + 1} | line) + "\n")
 
 def check_finite(cfg, state, step):
@@ -503,9 +496,8 @@ def gather(parts):
 
 def to_uint8(images):
     """[-1, 1] -> 0 ... 255, clipped and rounded; uint8 stays as it is."""
-    if images.dtype == torch.uint8:
-        return images
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = images if images.dtype == torch.uint8 else (images.float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8)
 
 def save_grid(images, path, columns):
     """PNG of images (n, C, H, W) in [-1, 1], `columns` a row, enlarged to at least 64 pixels."""
@@ -520,7 +512,8 @@ def save_gif(videos, path, columns, fps=8):
     videos = nn.functional.pad(videos, (0, 2, 0, 2, 0, 0, 0, 0, 0, blank), value=255)  # lines
     grid = rearrange(videos, "(row column) c f h w -> f (row h) (column w) c", column=columns)
     first, *rest = [Image.fromarray(frame) for frame in grid.expand(-1, -1, -1, 3).numpy()]
-    first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
+    with explain(f"cannot write {path}", OSError):
+        first.save(path, save_all=bool(rest), append_images=rest, duration=1000 // fps, loop=0)
 
 def save_npz(images, labels, path):
     """Samples in ADM's evaluation format: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,)."""

@@ -9,8 +9,10 @@ warm-up, without samples. FLOP/s counts matrix products, convolutions and attent
 forward and backward, of all networks in it, the frozen ones too; `of peak` is its share of what a
 large matrix product reaches on this device in this precision. Memory is the largest of the process
 so far (data included), on a GPU of its allocator. Compile seconds are what the first three steps
-take longer than later ones, without any cache. The data are always shapes or few clips, a batch of
-a preset has at most 128 images. Writes results/benchmark_<cpu|gpu>.json after every script.
+take longer than later ones, without any cache; on a CPU that is a minute or more, so that scripts
+which do not compile by default are compiled there only if --script names them. The data are always
+shapes or few clips, a batch of a preset has at most 128 images. Writes
+results/benchmark_<cpu|gpu>.json after every script; rows of another device or torch are dropped.
 """
 import argparse
 import importlib
@@ -99,7 +101,7 @@ def main(argv=None):
     scripts = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", default=",".join(scripts), help="comma between [all]")
+    parser.add_argument("--script", default="", help="comma between; empty: all")
     parser.add_argument("--preset", default="", help="comma between; empty: the default run")
     parser.add_argument("--seconds", type=float, default=2.0, help="that are timed, about [2]")
     parser.add_argument("--one", help="used by the program itself: script:preset:setting")
@@ -110,21 +112,25 @@ def main(argv=None):
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     path = ROOT / f"results/benchmark_{'gpu' if cuda else 'cpu'}.json"
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
     report = {
         "device": torch.cuda.get_device_name() if cuda else cpu, "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none",
         "peak_flop_per_s": {p: peak(p) for p in ("fp32", "bf16")}, "rows": []}
     print(report["device"], *(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in
                               report["peak_flop_per_s"].items()), sep=", ")
     print(f"{'script':40}{'setting':20}{'images/s':>9}{'GFLOP/s':>9}{'of peak':>9}{'GB':>7}"
           f"{'compile s':>11}{'speed-up':>10}")
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    for script in args.script.split(","):
+    old = json.loads(path.read_text()) if path.exists() else {}
+    kept = old.get("rows", []) if all(old.get(k) == report[k] for k in ("device", "torch")) else []
+    for script in args.script.split(",") if args.script else scripts:
         module = importlib.import_module(script)
         for preset in [p for p in args.preset.split(",") if p in module.PRESETS or not p]:
             first = {}  # stage -> row of the first setting
             for setting in SETTINGS:
                 if "bf16" in setting and "precision" not in module.Config.__annotations__:
+                    continue
+                if setting == "compiled" and module.Config.compile == "off" and not (
+                        cuda or args.script):
                     continue
                 command = [sys.executable, "-m", "tests.benchmark", "--one",
                            f"{script}:{preset}:{setting}", "--seconds", str(args.seconds)]
@@ -135,7 +141,8 @@ def main(argv=None):
                     raise SystemExit(f"{script} {preset} {setting} failed:\n{done.stderr[-3000:]}")
                 for m in json.loads(done.stdout.splitlines()[-1]):
                     eager = first.setdefault(m["stage"], m)
-                    row = {"script": script, "preset": preset} | m | {"flop": eager["flop"]}
+                    row = {"script": script, "preset": preset, "commit": commit} | m
+                    row["flop"] = eager["flop"]  # counted where nothing is compiled
                     row["flop_per_s"] = row["flop"] / row["step_s"]
                     row["share_of_peak"] = (
                         row["flop_per_s"] / report["peak_flop_per_s"][row["precision"]])
