@@ -218,14 +218,15 @@ def bouncing_balls(n, frames, size, seed, texture=False):
                               tracks=tracks, radius=radius, labels=labels)
 
 def load_images(cfg, device, split="all"):
-    """The data set of --data; what takes over a quarter of a GPU's memory (4 GB) is streamed.
+    """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
     split    all: 50,000 shapes, or a set's training part | validation: 10,000 other shapes, a set's
              held-out part, or, of a folder or .tar without one, every tenth image | train: the rest
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
     S, cuda = cfg.image_size, device.type == "cuda"
-    limit = torch.cuda.mem_get_info()[1] / 4 if cuda else 4 * 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[1] if cuda else memory
     loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
@@ -238,7 +239,7 @@ def load_images(cfg, device, split="all"):
         data.images, data.labels, data.size = images[keep], y[keep], keep.sum().item()
     else:
         dataset, indices, data.classes = open_dataset(cfg.data, split)
-        streamed = len(indices) * 3 * S * S > limit
+        streamed = len(indices) * 3 * S * S > memory / 4
         read = functools.partial(read_images, dataset, indices, cfg, streamed)
         if streamed:
             data.size = len(indices)
