@@ -2,8 +2,8 @@
 
 Paper     Zhang, Li, Li, Shi, Wu, Tao, Qu. Generalization of Diffusion Models Arises with a Balanced
           Representation Space. arXiv:2512.20963v2
-Here      Eq. 6 paper_loss, its notebook's code_loss; Thm. 3.1, Cor. 3.3-3.4 theory_weights, Cor.
-          3.2 mem_weights; Sec. 4 spikiness, auroc; Eq. 11 and sampling sample_ddim
+Here      Eq. 6 paper_loss (notebook: code_loss); Thm. 3.1, Cor. 3.3-3.4 theory_weights (centred:
+          signed_weights); Cor. 3.2 mem_weights; Sec. 4 spikiness, auroc; Eq. 11 sample_ddim
 Changed   Cor. 3.2's |x|^4 is the fourth power of the L2 norm; Cor. 3.3 prints S + sigma I for S +
           sigma^2 I; the score is (f - x) / sigma^2, printed with the other sign; lambda enters
           whole, not halved, as the results need. Images are centred (notebook: hand-picked), since
@@ -16,8 +16,8 @@ Changed   Cor. 3.2's |x|^4 is the fourth power of the L2 norm; Cor. 3.3 prints S
 Left out  Stable Diffusion, DiT; Jacobian spectra; bounds on KL and risk; untied weights
 Notation  x      clean sample, (n, d)            W      W_1 = W_2, (d, p), one column a hidden unit
           y      x + sigma e, noisy              h      code relu(W^T y), (n, p)
-          S      X^T X / n of a cluster          U, s   its eigenvectors and eigenvalues
-          rho    its share of the n samples      lam    lambda of Eq. 6
+          S      X_k^T X_k / n_k of a cluster    U, s   its eigenvectors and eigenvalues
+          rho    its share n_k / n of samples    lam    lambda of Eq. 6
           v      mean code of a concept          a      strength of steering towards it
 Run       python balanced_representation.py                     # 1 min, 2 CPU cores
           python balanced_representation.py --preset gpu        # not measured

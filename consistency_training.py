@@ -4,14 +4,14 @@ Paper     Song, Dhariwal, Chen, Sutskever. Consistency Models. arXiv:2303.01469v
           Song, Dhariwal. Improved Techniques for Training Consistency Models. arXiv:2310.14189v1
           (iCT); Geng, Pokle, Luo, Lin, Kolter. Consistency Models Made Easy. arXiv:2406.14548v2
           (ECT); Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
-Here      CT: boundary condition consistency, Alg. 3 consistency_loss and pairs_ct, Alg. 1
+Here      CT: c_skip and c_out in consistency; Alg. 3 consistency_loss and pairs_ct, Alg. 1
           sample_multistep, Alg. 4 edit, schedules karras_grid, count_ct, target_decay; iCT:
           count_ict, pairs_ict, distance; ECT: pairs_ect; EDM: edm_loss, UNet (DDPM++)
 Changed   one network for all, DDPM++ with a positional embedding (CT and iCT: NCSN++ with Fourier
           features); no LPIPS by default; editing with an orthogonal projector; mu(k) with N, not
-          N - 1 (text, not code). ECT: r = 0, whose target is x, is r = eps here, whose target is
-          x + eps z by the boundary condition, t at least 2 eps; pseudo-Huber distance; coefficients
-          shifted by eps in training, too; samples keep the eps correction; the start has ECT's
+          N - 1 (text, not code). ECT: where its t_lo is 0 (target x) it is eps here (target x
+          + eps z, by the boundary condition), t_hi at least 2 eps; pseudo-Huber distance; eps
+          shifts coefficients in training, too; samples keep the correction; the start has ECT's
           optimiser. float32 (TF32 on CUDA): bfloat16 rounds by more than the branches differ
 Left out  consistency distillation; sCM and MeanFlow; NCSN++ resampling, ADM; ECT's repair of
           gradients that are not finite; editing by strokes, interpolation
@@ -406,10 +406,11 @@ def pairs(cfg, n, step):
     return *pick(n, karras_grid(N, cfg.t_min, cfg.t_max)), N
 
 def held_out_images(cfg, device, n=256):
-    """Up to n images that are not trained on, float32 (n, 3, S, S), the same ones every time."""
+    """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
+    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
     data = load_images(cfg, device, "validation")
     size = max(1, min(n, data.size) // WORLD) * WORLD
-    return batch(data, dataclasses.replace(cfg, flip=False, batch_size=size), device, 0)[0]
+    return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
 def draw(net, y, cfg, device, path):
     """Draw 32 images in one step and, from the same noise, in all; edits of the first eight of y.
@@ -420,15 +421,14 @@ def draw(net, y, cfg, device, path):
                             t_min=cfg.t_min, generator=generator)
     one, all_steps = run([cfg.t_max]), run([cfg.t_max, *numbers(cfg.taus)])
     save_grid(torch.cat([one, all_steps]), f"{path}.png", columns=8)
-    ratio = (one.std(0).mean() / y.std(0).mean()).item()
-    y, S, rows = y[:8], cfg.image_size, []
+    x, S, rows = y[:8], cfg.image_size, []
     left = (torch.arange(S, device=device) < S // 2).float().expand(S, S)
     levels = karras_grid(cfg.edit_steps, cfg.t_min, cfg.t_max).flip(0)[:-1].tolist()
     for known in (functools.partial(project_pixels, mask=left), project_luminance,
                   functools.partial(project_blocks, p=4)):
-        rows += [known(y), edit(net, y, known, levels, cfg.sigma_data, cfg.t_min, generator)]
-    save_grid(torch.cat([y, *rows]), f"{path}_edits.png", columns=len(y))
-    return ratio
+        rows += [known(x), edit(net, x, known, levels, cfg.sigma_data, cfg.t_min, generator)]
+    save_grid(torch.cat([x, *rows]), f"{path}_edits.png", columns=len(x))
+    return (one.std(0).mean() / y.std(0).mean()).item()
 
 def train(cfg, data=None):
     device = setup(cfg, "steps")  # curricula depend on it

@@ -156,7 +156,7 @@ def rotate(x, table):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their 2-D position."""
+    """Self-attention with normalised queries and keys, turned by their position."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -200,7 +200,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 

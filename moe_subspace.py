@@ -6,21 +6,22 @@ Here      data model, exact score MoLRMoG; the latent network MoGExperts (MoLRG:
           gate and decoder MoESubspaceDenoiser; Fig. 5 ExpertVAEs and --unified, one for all
           (1) log q_kl = log pi_kl + log N(z_k; s mu_kl, C_kl),  C = s^2 Sigma + g2 I
           (2) z_hat_k = sum_l softmax_l(log q_kl) [mu_kl + s Sigma C^-1 (z_k - s mu_kl)]
-          (3) G_k = log w_k + log sum_l q_kl + |z_k|^2 / 2 g2 + d_k / 2 log(2 pi g2)
+          (3) G_k = log w_k + log sum_l q_kl + |z_k|^2 / (2 g2) + d_k / 2 log(2 pi g2)
           (4) E[x0 | x] = c + s eta^2 / g2 (x - s c),  c = sum_k softmax_k(G) A_k z_hat_k
-          (5) log p_t(x) = log sum_k exp(G_k) - |x|^2 / 2 g2 - D / 2 log(2 pi g2)
+          (5) log p_t(x) = log sum_k exp(G_k) - |x|^2 / (2 g2) - D / 2 log(2 pi g2)
           (6) grad log p_t(x) = (s E[x0 | x] - x) / gamma^2  (Tweedie)
-Changed   (1) to (6) are derived anew, numbers are ours: of the text a transcription was read, where
-          means are not lifted (A mu here) and two residuals are swapped. Covariances are tau^2 I +
-          V lam V^T, V^T V = I: with --rank 0, and so one tau an expert, its network is linear,
-          softmax, linear; the default, rank 4, has quadratic logits. Noise eta off the subspaces.
+Changed   (1) to (6) are derived anew, numbers are ours: we read a transcription of the paper, with
+          mu for A mu and two residuals swapped. Covariances are tau^2 I + V lam V^T, V^T V = I:
+          with --rank 0, and so one tau an expert, its network is linear, softmax, linear; the
+          default, rank 4, has quadratic logits. Noise eta off the subspaces.
           How the paper trains is not known: EM, then a loss of weight 1 + 1 / sigma^2, on latents
           that each expert scales to mean square 1; images: s = 1 only (VE)
-Left out  a gate over VAEs (k is the label there); ImageNet, a fine-tuned VAE, LoRA; the bounds
+Left out  a gate over VAEs: k is the label there, and the default run has none; ImageNet, LoRA, a
+          fine-tuned VAE; the bounds
 Notation  x0  data, (B, D)                      x      s x0 + gamma e, noisy
           A   bases of K subspaces, D x d_k     z      A^T x or a VAE's code, (B, K, d)
           w   shares of the subspaces, (K,)     G      logits of the gate, (B, K)
-          pi  shares of the m modes, (K, m)     mu     their means, (K, m, d)
+          pi  shares of m = n_k modes, (K, m)   mu     their means, (K, m, d)
           V   directions of a mode, (d, r)      lam    variances along them, beyond tau^2
           U   any root of Sigma = U U^T         d      d_k, or the largest: the rest is zeros
           g2  gamma^2 + s^2 eta^2               sigma  gamma / s: falls from noise to data
@@ -207,9 +208,9 @@ class MoGExperts(nn.Module):
         return (log_q.softmax(2)[..., None] * mean).sum(2), log_q.logsumexp(2)  # (2)
 
 class MLPExperts(nn.Module):
-    """K MLPs of two hidden layers, each added to the posterior mean of one Gaussian, which EM fits
-    and training keeps, times sigma / (1 + sigma^2), which is what is left to say at low and at high
-    noise; 0 at first. For latents of mean square 1. No density."""
+    """z_hat = posterior mean of one Gaussian (by EM, not trained) + sigma / (1 + sigma^2) MLP_k(z):
+    little is left to say at low and at high noise. Two hidden layers, 0 at first. For latents of
+    mean square 1. No density."""
     def __init__(self, dims, width):
         super().__init__()
         self.gauss = MoGExperts(dims, 1, max(dims)).requires_grad_(False)
@@ -237,7 +238,7 @@ class MoESubspaceDenoiser(nn.Module):
         self.logit_w = nn.Parameter(w.log(), requires_grad=gate == "soft")
         self.eta2 = nn.Buffer(torch.tensor(eta**2, dtype=A.dtype, device=A.device))
     def gate_logits(self, z, log_density, g2):
-        """Latent density times that of the noise which is orthogonal to A_k, in logs: (B, K)."""
+        """log of w_k p(z_k) N(x - A_k z_k) less what no k changes (it returns in (5)): (B, K)."""
         return (self.logit_w.log_softmax(0) + log_density + z.square().sum(-1) / (2 * g2)
                 + self.experts.dims / 2 * (2 * math.pi * g2).log())  # (3)
     def forward(self, x, s, gamma, y=None):  # (B, D), float or (B,), (B,) -> x0_hat, G (B, K)

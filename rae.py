@@ -4,8 +4,8 @@ Paper     Zheng, Ma, Tong, Xie. Diffusion Transformers with Representation Autoe
           arXiv:2510.11690v1 (RAE)
 Here      decoder of f + sigma e, sigma ~ |N(0, tau^2)|: ViTDecoder, noisy_tokens; its loss L1 +
           LPIPS + w_gan L_G: train_decoder, adaptive_weight; DiT, with the wide head DiT^DH: DiTDH;
-          |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time;
-          alpha = sqrt(N n / 4096): shift_factor; Euler steps: euler_ode; AutoGuidance: guided_flow;
+          |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time,
+          alpha = sqrt(N n / 4096), default 1.6: shift_factor; euler_ode; AutoGuidance: guided_flow;
           error at least 1 - d / n of a transformer of width d < n: tests/claims/rae.py
 Changed   normalised queries and keys; rotary pairs (i, i + D / 2), a renaming; linear maps start as
           Xavier's; one SiLU, not two, before the blocks of DiT^DH; LayerNorm of tokens with 1e-5
@@ -147,11 +147,11 @@ def class_rows(classes, columns=8):
     """Classes y of a grid of samples, a row each, ten at most: int64 (rows * columns,)."""
     return torch.arange(min(classes, 10)).repeat_interleave(columns)
 
-def unseen_images(cfg, device, count=256):
-    """This rank's part of at most count images that are not trained on, float32 (B, 3, S, S)."""
-    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=count // WORLD * WORLD)
+def held_out_images(cfg, device, n=256):
+    """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
+    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
     data = load_images(cfg, device, "validation")
-    size = max(1, min(count, data.size) // WORLD) * WORLD
+    size = max(1, min(n, data.size) // WORLD) * WORLD
     return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
 # ---- model -----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def rotate(x, table):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their 2-D position."""
+    """Self-attention with normalised queries and keys, turned by their position."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -533,7 +533,7 @@ def load_weak(cfg, latents, device):
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
-    held_out = unseen_images(cfg, device)
+    held_out = held_out_images(cfg, device)
     shown = held_out[torch.arange(20) % len(held_out)]
     data = load_images(cfg, device, "train")
     mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each

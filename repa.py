@@ -164,9 +164,9 @@ def decode_images(vae, x0):
 
 # ---- model -----------------------------------------------------------------------------
 
-# a copy; SiT, too, feeds t in [0, 1] unscaled: not meant so, kept by REPA's authors for parity
+# a copy; SiT's code feeds t in [0, 1] unscaled, too: a slip that REPA's authors kept
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 

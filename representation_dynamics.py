@@ -4,12 +4,12 @@ Paper     Li, Zhang, Li, Chen, Zhu, Wang, Qu. Understanding Representation Dynam
           Models via Low-Dimensional Modeling. arXiv:2502.05743v4
           Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
 Here      images, what this script trains: EDM denoise_edm, sample_edm, Sec. 5 activations,
-          logistic_probe, curve, Fig. 5 class_subspaces, Fig. 6 nearest_ratio; theory, which tests
-          and claim run: Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block
+          logistic_probe, curve, Fig. 5 class_subspaces, Fig. 6 nearest_ratio; theory, for tests
+          and claim only: Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block
           model), Def. 1 snr, Theorem 1 class_confidence and snr_formula, memorising_denoiser
-Changed   D_t in class_confidence has the term of psi, which the appendix leaves out: exact for the
-          expectation that it stands for; the gate of Prop. 1 in its form for orthogonal subspaces;
-          MoLRG draws its classes in turn, as many points of each.
+Changed   D_t in class_confidence has the term of psi = delta^2 / (2 sigma^2 (delta^2 + sigma^2)),
+          left out in the appendix: exact for its expectation; the gate of Prop. 1 in its form for
+          orthogonal subspaces; MoLRG draws its classes in turn, as many points of each.
           Images: a small U-Net, not DDPM++; input in EDM's scaling; the probe is fitted on
           held-out images and tested on others, whatever the network was trained on (paper: on its
           training set); a sample is memorised if its nearest training image is 3 times as near as
@@ -251,7 +251,7 @@ def class_confidence(sigma, d, K, delta):
 
 def snr_formula(sigma, d, K, delta, clean=False):
     """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
-    clean: x0 goes in as it is, labelled sigma. Up to 7 times snr at the peak, close elsewhere."""
+    clean: x0 goes in without noise, as if it had sigma: then up to 7 times snr, near the peak."""
     rate, dd = sigma.square() / delta**2, delta**2
     C_t = 1 / dd if clean else (1 + sigma.square()) / (dd + sigma.square())
     plus, minus = (1 + rate * ((1 - dd) * w + dd) for w in class_confidence(sigma, d, K, delta))

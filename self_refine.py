@@ -214,7 +214,7 @@ def rotate(x, table):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their 2-D position."""
+    """Self-attention with normalised queries and keys, turned by their position."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -258,7 +258,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 
@@ -366,16 +366,16 @@ def pnp_sample(velocity, z, times, plan, generators, tau=0.0):
     U = {}
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         u = velocity(z, t)
-        x, z_next = z + (1 - t) * u, z + (t_next - t) * u  # predict; Euler step (Eq. 5-9)
+        x, z_next = z + (1 - t) * u, z + (t_next - t) * u  # predict; Euler step
         certain = torch.zeros_like(z[:, :1], dtype=torch.bool)  # (B, 1, F, H, W)
         for _ in range(plan.get(i, 0)):
             eps = torch.stack([torch.randn(z.shape[1:], generator=g, device=g.device)
                                for g in generators]).to(z.device)
-            z = t * x + (1 - t) * eps  # perturb, back to the same t
+            z = t * x + (1 - t) * eps  # perturb, back to the same t (Eq. 5-9)
             u = velocity(z, t)
             x_new, z_new = z + (1 - t) * u, z + (t_next - t) * u
             U[i] = (x_new - x).abs().mean(1, keepdim=True)  # Eq. 10
-            # the other reading of Alg. 2 unites the rest: uncertain = uncertain | (U[i] > tau)
+            # Alg. 2 may also mean that what was uncertain stays so: uncertain |= U[i] > tau
             certain = certain | (U[i] < tau)
             x = torch.where(certain, x, x_new)  # not in the paper
             z_next = torch.where(certain, z_next, z_new)  # Eq. 11

@@ -221,7 +221,7 @@ def embedding_std(z):
 def effective_rank(z):
     """exp of the entropy of the normalised covariance spectrum of z / |z|: 1 ... min(B - 1, d).
 
-    z (B, d), of one rank. A few directions that all outputs share give a few, whatever their std.
+    z (B, d), of one process. Outputs that vary in a few directions have few, whatever their std.
     """
     unit = F.normalize(z.detach().cpu().double()).nan_to_num()  # svdvals raises; log tells of NaN
     spectrum = torch.linalg.svdvals(unit - unit.mean(0)).square()

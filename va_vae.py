@@ -6,8 +6,8 @@ Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Di
 Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight: train_tokenizer;
           LightningDiT, its direction loss lightning_loss, shift and interval sample_euler: train
 Changed   latents are sampled anew from the images at each step, not stored once; where flip is on,
-          channel_statistics sees mirrored images, too; the teacher has its own mean and std and
-          antialiased images (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
+          channel_statistics sees mirrored images, too; the teacher's images have its mean and std
+          and are antialiased (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
           loss: else the gradient at the start, v_hat = 0, is 1e8, and Adam takes 900 steps to
           forget; guidance on all channels (code: 3); the stages of the VF loss are one run, with
           one Adam and one discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms
@@ -76,7 +76,7 @@ class Config:
     tokenizer_batch_size: int = 16  # images per step of the tokenizer, summed over all GPUs
     tokenizer_lr: float = 2e-3  # Adam, betas (0.5, 0.9), constant; also of the discriminator
     tokenizer_ema: float = 0.99  # of the tokenizer that encodes and decodes (paper: 0, none)
-    kl: float = 1e-6  # weight of the KL term; all terms are sums over an image
+    kl: float = 1e-6  # weight of the KL term; it and the reconstruction are sums over an image
     perceptual: str = "none"  # none | lpips: added to L1 at every pixel; lpips downloads VGG
     gan: float = 0.0  # weight of the adversarial loss; 0: no discriminator
     gan_start: int = 2501  # step that begins it; the code's 5001 counts both optimizers
@@ -140,10 +140,11 @@ SAMPLING = ("sampling_steps", "shift", "guidance", "guidance_low", "guidance_cha
 # ---- data ------------------------------------------------------------------------------
 
 def held_out_images(cfg, device, n=256):
-    """Up to n images that are not trained on, float32 (n, 3, S, S), the same ones every time."""
+    """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
+    cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
     data = load_images(cfg, device, "validation")
     size = max(1, min(n, data.size) // WORLD) * WORLD
-    return batch(data, dataclasses.replace(cfg, flip=False, batch_size=size), device, 0)[0]
+    return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
 # ---- model -----------------------------------------------------------------------------
 
@@ -167,9 +168,8 @@ class VAEBlock(nn.Module):
     """Residual block of LDM's autoencoder: norm, SiLU, convolution, twice; attention if asked."""
     def __init__(self, c_in, c_out, attend=False):
         super().__init__()
-        self.body = nn.Sequential(
-            norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1),
-            norm(c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.body = nn.Sequential(norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1),
+                                  norm(c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = VAEAttention(c_out) if attend else nn.Identity()
     def forward(self, x):  # (B, C, H, W) -> (B, C', H, W)
@@ -275,7 +275,7 @@ def rotate(x, table):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their 2-D position."""
+    """Self-attention with normalised queries and keys, turned by their position."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -319,7 +319,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 

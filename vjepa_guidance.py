@@ -4,10 +4,10 @@ Paper     Yuan et al. Inference-time Physics Alignment of Video Generative Model
           Models. arXiv:2601.10553v2 (WMReward). Assran et al. V-JEPA 2. arXiv:2506.09985v1
 Here      V-JEPA 2: VideoEncoder, LatentPredictor, draw_visible, jepa_loss, load_official. WMReward:
           Eq. 4-6 surprise, best_of_n, Eq. 7-9, 12 guided_step. Generator: as in self_refine.py
-Changed   hidden tokens stay in the batch unseen, as good as dropped; one kind of mask a clip, past
-          to future too; RoPE is right (tiled for published weights); VICReg terms: without
-          them this small E collapsed; --world frozen: E is a frame PCA for ever, only P is trained,
-          nothing can collapse; no clamp before S; eta is a share of the latent's norm
+Changed   hidden tokens are masked in E, not dropped; one kind of mask a clip, also past to future;
+          both channels of a pair turn by one angle (theirs do not: published weights); VICReg
+          terms: without them this small E collapsed; --world frozen: E is a frame PCA, only P is
+          trained, nothing can collapse; S sees pixels unclamped; eta is a share of the norm of z
 Left out  VideoMix22M, cool-down; V-JEPA 2.1, Hugging Face's names; maximum over windows; Eq. 13
 Notation  E, P  encoder, predictor of hidden features   z   latent clip, (B, K, F, 3, 1)
           S     surprise, (B,); the reward is -S        t   0 = noise ... 1 = data
@@ -169,7 +169,7 @@ def rotate(x, table):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their 2-D position."""
+    """Self-attention with normalised queries and keys, turned by their position."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -213,7 +213,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 def time_features(t, dim=256):
-    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim). t in [0, 1], as in JiT."""
+    """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([(t[:, None] * rate).cos(), (t[:, None] * rate).sin()], -1)
 
@@ -392,7 +392,7 @@ def load_official(weights, key, mask_index, frames):
 def flow_loss(net, z1, y, t, given):
     """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
 
-    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2 (Eq. 3): for every fixed t the loss of a
+    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for every fixed t the loss of a
     denoising autoencoder, which can be asked again and again."""
     z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
     z = t5 * z1 + (1 - t5) * z0
@@ -440,9 +440,9 @@ def jepa_loss(net, video, visible, spread=0.0):
 
 def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
     """1 - cos(P(E(first C frames)), E(W frames)) on the last W - C after LN, mean over windows from
-    0, stride, 2 stride, ... (Eq. 4-6; the reward is -S, but for a slip in print): (B,), float32.
+    0, stride, 2 stride, ...: (B,), float32. Eq. 4-6, whose S is to be large: a slip of the print.
     cos   feature: over a token's channels, as the paper reads; token: over a channel's tokens
-    grad  target: through E(W frames) alone (the authors' code); context: P alone (for Cosmos)"""
+    grad  target: of E(W frames) alone (their code); context: of P(E(C frames)) (for Cosmos)"""
     target = torch.no_grad()(world.target) if grad == "context" else world.target
     predict = torch.no_grad()(world.predict) if grad == "target" else world.predict
     windows = rearrange(video.float().unfold(2, W, stride), "b c k h w f -> (b k) c f h w")
@@ -485,8 +485,8 @@ def guided_step(velocity, decode, S, z, t, eta):
 
 @torch.no_grad()
 def sample_guided(net, decode, S, z, y, cond, sampling_steps, eta=0.0, skip=0, every=1):
-    """Euler steps from noise z (B, C, F, H, W) to data, its first frames cond; y (B,): labels. From
-    step `skip` on, before it x_hat is a blur, every `every`-th is guided; eta = 0: none is."""
+    """Euler steps from noise z (B, C, F, H, W) to data, its first frames cond; y (B,): labels.
+    Guided: each `every`-th step from `skip` on (x_hat is a blur before); eta = 0: none is."""
     def velocity(z, t):  # conditional_velocity of self_refine.py without its guidance by labels
         u = net(torch.cat([cond, z[:, :, GIVEN:]], 2), z.new_full((len(z),), t), y).float()
         return torch.cat([(cond - z[:, :, :GIVEN]) / (1 - t), u[:, :, GIVEN:]], 2)

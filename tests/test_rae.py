@@ -397,14 +397,14 @@ def test_drawing_undoes_the_normalisation_and_shifts_as_training_does(monkeypatc
     assert seen[4:] == pytest.approx([3 * u / (1 + 2 * u) for u in (1, 0.75, 0.5, 0.25)])
 
 
-def test_unseen_images_do_not_depend_on_seed_or_batch(monkeypatch):
+def test_held_out_images_do_not_depend_on_seed_or_batch(monkeypatch):
     asked = []
     monkeypatch.setattr(script, "load_images", lambda cfg, *args: asked.append(cfg) or few_shapes(
         cfg, *args))
     cfg = script.Config(image_size=8, batch_size=20)
-    one = script.unseen_images(cfg, torch.device("cpu"))
+    one = script.held_out_images(cfg, torch.device("cpu"))
     other = script.dataclasses.replace(cfg, seed=5, flip=True, batch_size=30)
-    assert torch.equal(script.unseen_images(other, torch.device("cpu")), one) and len(one) == 256
+    assert torch.equal(script.held_out_images(other, torch.device("cpu")), one) and len(one) == 256
     # of a streamed set they are what load_images is told
     assert {(c.batch_size, c.seed, c.flip) for c in asked} == {(256, 0, False)}
 
