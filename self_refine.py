@@ -322,7 +322,7 @@ class VideoDiT(nn.Module):
 def flow_loss(net, z1, y, t, given):
     """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
 
-    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2 (Eq. 3): for every fixed t the loss of a
+    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for every fixed t the loss of a
     denoising autoencoder, which can be asked again and again."""
     z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
     z = t5 * z1 + (1 - t5) * z0

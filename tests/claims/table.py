@@ -69,12 +69,13 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "softmax": "images/fd: specific softmax | specific gauss | specific mog",
         "unified": "images/fd: unified mog | specific mog | unified U-Net"},
     "vjepa_guidance": {
-        "violations": "freeze: frozen", "reward": "residual_16: Euler, frozen | Euler, pixel | Euler, random | Euler, oracle",
+        "violations": "freeze: frozen",
+        "reward": "residual_16: Euler, frozen | Euler, pixel | Euler, random | Euler, oracle",
         "speed": "rho_partial: Euler (frozen) | refined (frozen)",
         "guidance": "residual: none (frozen) | 0.01 target (frozen)",
         "both": "residual: none, 4 (frozen) | 0.01 target, 4 (frozen)",
-        "refine": "residual: Euler, one (frozen) | Euler, best of 16 (frozen) | refined, one (frozen)"
-                  " | refined, best of 16 (frozen)",
+        "refine": "residual: Euler, one (frozen) | Euler, best of 16 (frozen) | "
+                  "refined, one (frozen) | refined, best of 16 (frozen)",
         "windows": "residual: 4/8/1 (frozen) | 8/16/8 (frozen)"},
     "ddpm_xpred": {
         "buried": "verr: D 2 x | D 512 x | D 512 v | D 512 eps",
