@@ -43,13 +43,13 @@ class Config:
     precision: str = "auto"  # auto | bf16 | fp32; S is always in float32
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     image_size: int = 32  # side S of a frame in pixels
-    batch_size: int = 64  # clips per step, summed over all GPUs
-    steps: int = 3000  # optimizer steps of the last stage, the world model
-    lr: float = 1.5e-3  # AdamW, of both stages; falls to 0 over the last half
+    batch_size: int = 16  # clips per step, summed over all GPUs
+    steps: int = 9000  # optimizer steps of the last stage, the world model
+    lr: float = 1e-3  # AdamW, of both stages; falls to 0 over the last half
     ema_decay: float = 0.998  # of the generator that is sampled, and of the target of V-JEPA 2
-    log_every: int = 50  # steps between two lines in metrics.jsonl
-    save_every: int = 500  # steps between two checkpoints
-    sample_every: int = 1500  # steps between two checks of health and animations
+    log_every: int = 100  # steps between two lines in metrics.jsonl
+    save_every: int = 1000  # steps between two checkpoints
+    sample_every: int = 9000  # steps between two checks of health and animations
     sample: str = ""  # draw from this checkpoint instead of training
     n: int = 8  # how many held-out clips are continued and shown
     clips: int = 8000  # training clips of both stages, made at the start
@@ -58,7 +58,7 @@ class Config:
     components: int = 64  # K of a frame and channel: the generator's latent, the frozen E
     dim: int = 128  # width of the generator
     depth: int = 4  # its blocks
-    generator_steps: int = 1500  # optimizer steps of the first stage, the generator
+    generator_steps: int = 4000  # optimizer steps of the first stage, the generator
     world: str = "frozen"  # frozen | tiny | official: E a frame PCA; V-JEPA 2; published weights
     weights: str = ""  # official: a .pt file, or vitl, vith, vitg or vitg-384 to download
     weights_key: str = "target_encoder"  # target_encoder | encoder: the EMA or the online weights
@@ -100,7 +100,7 @@ class Config:
 
 GIVEN = 2  # frames the generator gets clean: they fix place and velocity of every ball
 PRESETS = {"gpu": dict(  # V-JEPA 2 trained in place (officially 252,000 steps, momentum 0.99925)
-    batch_size=256, steps=8000, save_every=1000, sample_every=2000, clips=50_000, texture=True,
+    batch_size=256, steps=8000, lr=1.5e-3, sample_every=2000, clips=50_000, texture=True,
     components=80, dim=256, depth=8, generator_steps=8000, world="tiny", predictor_dim=96,
     masks="mixed", best_of=16, sampling_steps=40, skip=4)}
 SAMPLING = """world weights weights_key mask_index C W stride cos grad best_of eta skip every
