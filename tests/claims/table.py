@@ -63,7 +63,7 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
     "moe_subspace": {
         "error": "excess_0.3: D 256 eta 0.1 MoE | D 256 eta 0.1 MoLRG | D 256 eta 0.1 MLP-L",
         "samples": "slope: eta 0 MoE | eta 0.1 MoE | eta 0 MoLRG",
-        "rate": "rate: separated | overlap", "size": "excess_0.3: width 24 | width 400",
+        "rate": "rate: separated | overlap", "size": "excess_0.3: width 400",
         "gate": "excess_1: soft | label | top-1 | without d_k | without |z|^2",
         "images": "fd: specific gauss | specific mog | specific mlp | specific U-Net",
         "softmax": "images/fd: specific softmax | specific gauss | specific mog",
