@@ -1,6 +1,7 @@
 """The README's picture, a row per script, out of the default runs: writes assets/gallery.png.
 
-    for s in *.py; do python $s; done      # runs/<script>, less than an hour on two CPU cores
+    python <script>.py                      # each of them: runs/<script>, less than an hour in all
+    python balanced_representation.py --sample runs/balanced_representation/last.pt
     python -m tests.gallery
 """
 from pathlib import Path
@@ -11,17 +12,17 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 TILE, COLUMNS, LABEL = 66, 10, 250  # pixels of a tile with its line, tiles a row, pixels of a label
 ROWS = {  # script: what is shown, the picture in its run folder, which of its tiles [row, column]
-    "consistency_training": ("one step of a consistency model", "samples_*0.png", np.s_[0, :]),
-    "simsiam": ("an image, its neighbours", "samples_*.png", np.s_[:2, :]),
-    "representation_dynamics": ("a sample, its nearest image", "*_nearest.png", np.s_[:2, :]),
-    "balanced_representation": ("samples", "samples_*.png", np.s_[0, :]),
+    "consistency_training": ("one step of a consistency model", "samples_*0.png", np.s_[:2]),
+    "simsiam": ("images, their nearest in its features", "samples_*.png", np.s_[::2, :5]),
+    "representation_dynamics": ("a sample, its nearest image", "*_nearest.png", np.s_[:2]),
+    "balanced_representation": ("samples", "sample.png", np.s_[:2]),
     "va_vae": ("samples of an aligned latent", "samples_*.png", np.s_[:, 4]),
-    "repa": ("samples, no labels", "samples_*.png", np.s_[:2, :]),
+    "repa": ("samples of an aligned denoiser", "samples_*.png", np.s_[:, 0]),
     "rae": ("samples in the encoder's space", "samples_*.png", np.s_[:, 4]),
-    "vjepa_guidance": ("best of eight, guided", "samples_*.png", np.s_[4, ::2]),
+    "vjepa_guidance": ("best of eight, guided", "samples_*.png", np.s_[4]),
     "moe_subspace": ("samples of small experts", "samples_*.png", np.s_[:, 0]),
     "ddpm_xpred": ("samples, x-prediction", "samples_*.png", np.s_[:, 0]),
-    "self_refine": ("frames of a refined video", "samples_*.png", np.s_[1, ::2]),
+    "self_refine": ("frames of a refined video", "samples_*.png", np.s_[8]),
 }
 
 

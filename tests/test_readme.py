@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests import gallery
 from tests.claims import table as claim_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,12 @@ def test_every_command_parses(monkeypatch):
                 importlib.import_module(words[2])
                 seen += 1
     assert seen >= 6
+
+
+def test_picture_has_a_row_per_script():
+    assert sorted(gallery.ROWS) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
+    picture = Image.open(ROOT / "assets/gallery.png")
+    assert picture.height == gallery.TILE * len(gallery.ROWS) and "assets/gallery.png" in README
 
 
 def test_every_script_is_named_with_its_number_of_lines():

@@ -50,12 +50,13 @@ copy-last 4.8. That is why a channel of a frame became a token. With that, freez
 through: 0.60, 0.93, 0.97, 0.49 after 2,757 steps; the same at twice the learning rate; 0.71, 0.95,
 0.98, 0.74 after 6,614. Trained on windows of 12, judged by 4/12/1: 0.82, 0.96, 0.89, 0.32. In
 batches of 16, not 64, it learns more from as many clips: 0.61, 0.94, 0.97, 0.49 after 8,000 steps,
-0.78, 0.98, 0.98, 0.88 after 24,000 (8 minutes on one core). 11,000 are affordable here, and as many
-for pixels: so freeze and through are expected to miss their bound. A first run of all this, with
-14,000 steps, took 17 minutes: freeze 0.73 and 0.70, through 0.73 and 0.74; refine as in the paper,
-speed not resolved, the others partly. V-JEPA 2 trained in place on a CPU (16 px, width 96, mixed
-masks, texture, 1,600 steps of 32): std 0.88, rank 92 of 96, but teleport 0.71, vanish 0, freeze and
-stop 0.04, upwards 0.56, gain 0.95: no collapse, no physics.
+0.78, 0.98, 0.98, 0.88 after 24,000 (8 minutes on one core); 0.86, 0.99, 0.99, 0.95 after 72,000 of
+24,000 clips (half an hour; frozen clips of three balls 0.69: real ones collide). 11,000 are
+affordable here, and as many for pixels: so freeze and through are expected to miss their bound. A
+first run of all this, with 14,000 steps, took 17 minutes: freeze 0.73 and 0.70, through 0.73 and
+0.74; refine as in the paper, speed not resolved, the others partly. V-JEPA 2 trained in place on a
+CPU (16 px, width 96, mixed masks, texture, 1,600 steps of 32): std 0.88, rank 92 of 96, but
+teleport 0.71, vanish 0, freeze and stop 0.04, upwards 0.56, gain 0.95: no collapse, no physics.
 """
 import functools
 import math
