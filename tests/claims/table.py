@@ -93,13 +93,30 @@ def figure(mean, std):
 
 
 def numbers(report, claim):
-    """`metric: arm mean ± std, ...` of the rows that SHOWN names for a claim; KeyError if none."""
+    """`metric: arm mean ± std, ...` of the rows that SHOWN names for a claim, and their numbers of
+    seeds; KeyError if there are none."""
     where, arms = SHOWN[report["script"]][claim].split(": ", 1)
     table, metric = where.split("/") if "/" in where else (claim, where)
     rows = {(row["table"], row["arm"]): row["metrics"] for row in report["rows"]}
     found = [rows[table, arm][metric] for arm in arms.split(" | ")]
+    seeds = sorted({str(m["n"]) for m in found})
     return f"{metric}: " + "; ".join(
-        f"{arm} {figure(m['mean'], m['std'])}" for arm, m in zip(arms.split(" | "), found))
+        f"{arm} {figure(m['mean'], m['std'])}" for arm, m in zip(arms.split(" | "), found)), seeds
+
+
+def reports(folder):
+    """What folder/*_cpu.json and *_gpu.json hold, those of claims; a benchmark makes none."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*_[cg]pu.json"))]
+    return [report for report in found if "claims" in report]
+
+
+def counts(folder):
+    """How many claims came out how, a sentence."""
+    agrees = [c["agrees"] for report in reports(folder) for c in report["claims"]]
+    n = {word: agrees.count(word) for word in set(agrees) | {"contradicted"}}
+    return (f"Of {len(agrees)} claims {n['as in the paper']} came out as in the paper, "
+            f"{n['partly']} partly, {n['not resolved']} were not resolved at this scale, "
+            f"{n['contradicted']} contradicted.")
 
 
 def table(folder):
@@ -107,14 +124,14 @@ def table(folder):
     lines = ["# Claims", "", "Written by `python -m tests.claims.table` from the JSON files here. "
              "What counts as agreeing stands in the",
              "docstrings of [tests/claims/](../tests/claims). Mean ± std over seeds.", "",
+             counts(folder), "",
              "| script | claim | the paper | here | numbers | seeds | device | commit |",
              "|---|---|---|---|---|---|---|---|"]
-    for path in sorted(folder.glob("*_[cg]pu.json")):
-        report = json.loads(path.read_text())
-        for claim in report.get("claims", ()):  # a benchmark has none
+    for report in reports(folder):
+        for claim in report["claims"]:
+            shown, seeds = numbers(report, claim["table"])
             cells = [report["script"], claim["table"], claim["claim"], f"**{claim['agrees']}**",
-                     numbers(report, claim["table"]), str(len(report["seeds"])), report["device"],
-                     report["commit"]]
+                     shown, " or ".join(seeds), report["device"], report["commit"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
