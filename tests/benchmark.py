@@ -7,7 +7,8 @@
 Each setting runs in a process of its own, each stage of it for --seconds after five steps of
 warm-up, without samples. FLOP/s counts matrix products, convolutions and attention of one step,
 forward and backward, of all networks in it, the frozen ones too; `of peak` is its share of what a
-large matrix product reaches on this device in this precision. Memory is the largest of the process
+large matrix product reaches on this device in this precision (a CPU's convolutions may be faster
+than its matrix products: then it exceeds 1). Memory is the largest of the process
 so far (data included), on a GPU of its allocator. Compile seconds are what the first three steps
 take longer than later ones, without any cache; on a CPU that is a minute or more, so that scripts
 which do not compile by default are compiled there only if --script names them. The data are always
