@@ -1,6 +1,6 @@
 """What does a world model's surprise measure, and does choosing by it give better physics?
 
-    python -m tests.claims.vjepa_guidance                  # 2 seeds, 2 CPU cores
+    python -m tests.claims.vjepa_guidance                  # 14 minutes, 2 CPU cores
     python -m tests.claims.vjepa_guidance --preset gpu     # V-JEPA 2 trained in place, too; 3 seeds
 
 What the papers report (WMReward, arXiv:2601.10553v2; V-JEPA 2) and what counts as agreeing, stated
