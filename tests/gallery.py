@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common import fail
+
 ROOT = Path(__file__).resolve().parents[1]
 TILE, COLUMNS, LABEL = 66, 10, 250  # pixels of a tile with its line, tiles a row, pixels of a label
 ROWS = {  # script: what is shown, the picture in its run folder, which of its tiles [row, column]
@@ -30,7 +32,10 @@ def main():
     picture = Image.new("RGB", (LABEL + TILE * COLUMNS, TILE * len(ROWS)), "white")
     draw = ImageDraw.Draw(picture)
     for i, (script, (words, pattern, chosen)) in enumerate(ROWS.items()):
-        source = np.asarray(Image.open(sorted((ROOT / "runs" / script).glob(pattern))[-1]))
+        found = sorted((ROOT / "runs" / script).glob(pattern))
+        if not found:
+            fail(f"no {pattern} in runs/{script}: see the commands in {Path(__file__).name}")
+        source = np.asarray(Image.open(found[-1]))
         rows, columns = (n // TILE for n in source.shape[:2])
         tiles = source.reshape(rows, TILE, columns, TILE, 3).swapaxes(1, 2)[chosen]
         tiles = tiles.reshape(-1, TILE, TILE, 3)[:COLUMNS]
