@@ -487,6 +487,17 @@ def test_last_is_loadable_whatever_step_of_saving_fails(monkeypatch, refuses):
     assert seen == [[1, 1], [2, 2]] and common.load_checkpoint(path)["step"] == 3
 
 
+def test_no_space_while_logging_or_drawing_is_one_line(monkeypatch, refuses):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "open", full, raising=False)
+        refuses(lambda: run("--log-every", 1), "metrics.jsonl", "No space left")
+    monkeypatch.setattr(Image.Image, "save", full)
+    refuses(lambda: common.save_grid(torch.zeros(1, 3, 4, 4), "g.png", 1), "g.png", "No space left")
+
+
 def test_read_only_folder(monkeypatch, refuses):
     def refuse(*args, **kwargs):  # as for a user who may not write there; root may everywhere
         raise PermissionError(13, "Permission denied")
