@@ -102,9 +102,8 @@ def autocast(cfg, device):
 def parallel(model, cfg, device):
     """What to call in training: model, compiled in place, wrapped under torchrun. Save model."""
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-    compiler = headers and sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))
-    auto = device.type == "cuda" or (device.type == "cpu" and compiler)
-    if cfg.compile == "on" or (cfg.compile == "auto" and auto):
+    compiles = headers and sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))
+    if cfg.compile == "on" or (cfg.compile == "auto" and (device.type == "cuda" or compiles)):
         model.compile()
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
@@ -387,8 +386,7 @@ def save_checkpoint(path, entries):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         new.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        fail(f"cannot save {path}, which stays as it was: {reason}")
+        fail(f"cannot save {path}, which stays as it was: {error.__context__ or error}")
 
 def start_run(cfg, state):
     """Make or continue the run folder: fills `state` from last.pt, returns the first step to do."""

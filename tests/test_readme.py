@@ -128,3 +128,11 @@ def test_every_script_is_named_with_its_number_of_lines():
         assert re.search(rf"\[{path.name}\]\({path.name}\)[^\n]*\| {lines} \|", README) or (
             path.name == "common.py" and f"common.py` ({lines} lines)" in README
         ), (path.name, lines)
+
+
+def test_every_preset_is_in_the_table_of_presets():
+    part = README[README.index("## Presets") : README.index("## Several GPUs")]
+    rows = [line.split("|") for line in part.splitlines() if line.startswith("| `")]
+    shown = {row[1].strip(" `"): re.findall("`(.+?)`", row[2] + row[3]) for row in rows}
+    scripts = [p.stem for p in ROOT.glob("*.py") if p.stem != "common"]
+    assert shown == {s: list(importlib.import_module(s).PRESETS) for s in scripts}
