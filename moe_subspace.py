@@ -102,7 +102,7 @@ PRESETS = {
     "cifar10": dict(data="torch/cifar10", image_size=32, batch_size=1280, steps=5000, rank=16,
                     latent_dim=64, vae_steps=20_000, vae_channels=128),
     "paper": dict(data="torch/mnist", image_size=32, batch_size=1280, steps=5000,  # as far as it
-                  vae_steps=10_000, modes=4)}  # is known: ten VAEs, one a digit, n_k = 4
+                  vae_steps=10_000, modes=4)}  # is known: a VAE a digit; n_k 4, 8 or 40
 SIGMA_MIN, SIGMA_MAX, LEVELS = 0.02, 10.0, 40  # of data of mean square 1; levels of the sampler
 VAE_LR, KL = 2e-3, 2e-3  # Adam, cosine to 0; 2 sd^2 is the ELBO of pixels with noise sd
 VAE_FIELDS = """seed device precision compile data image_size skip_bad batch_size ema_decay

@@ -7,7 +7,8 @@ Paper     Yu et al. Representation Alignment for Generation: Training Diffusion 
 Here      Eq. 8 repa_loss: L_REPA = -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])), with y_* from
           teacher_tokens and h_phi from make_projector; Eq. 9 train: L = L_velocity + lam L_REPA;
           Eq. 1 interpolant, Eq. 4 velocity_loss, Eq. 2, 5 and 7 sample_flow; of SiT: SiT, SiTBlock;
-          iREPA --projector conv --spatial-norm 0.6; HASTE's early stop --stop-align
+          iREPA --projector conv --spatial-norm 0.6 (paper: lam as in REPA; its SiT config: 1);
+          HASTE's early stop --stop-align
 Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's have 2); guidance on
           all channels (SiT: three of four); sampler state in float32 (authors: float64); bf16, not
           fp16; EMA with a ramp; the encoder's input is resized with antialiasing; latents are
@@ -122,7 +123,7 @@ PAPER = dict(  # REPA: SiT-XL/2 with DINOv2-B on ImageNet 256, 80 epochs; DINOv2
     ema_decay=0.9999, save_every=5000, sample_every=25_000,
     encoder="timm:vit_base_patch14_dinov2.lvd142m", vae="stabilityai/sd-vae-ft-ema", patch=2,
     dim=1152, depth=28, heads=16, align_depth=8, projector_dim=2048, pool=1,
-    sampler="sde", sampling_steps=250, guidance=1.0, guidance_high=0.7)  # after 4M steps 1.8
+    sampler="sde", sampling_steps=250, guidance=1.0, guidance_high=0.7)  # 4M steps: guidance 1.8
 PRESETS = {
     "cifar10": dict(  # SiT-S/4
         data="torch/cifar10", image_size=32, batch_size=256, steps=20_000, lr=5e-4,
@@ -131,7 +132,7 @@ PRESETS = {
         align_depth=4, projector_dim=2048, pool=1, guidance=1.8, guidance_high=0.7),
     "paper": PAPER,
     "paper-l": PAPER | dict(dim=1024, depth=24),
-    "paper-b": PAPER | dict(dim=768, depth=12, heads=12, align_depth=4),
+    "paper-b": PAPER | dict(dim=768, depth=12, heads=12, align_depth=4),  # App. G; Tab. 6: 8, too
 }
 SAMPLING = ("sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high")
 
@@ -164,7 +165,7 @@ def decode_images(vae, x0):
 
 # ---- model -----------------------------------------------------------------------------
 
-# a copy; SiT's code feeds t in [0, 1] unscaled, too: a slip that REPA's authors kept
+# as in the other scripts; t in [0, 1] is not scaled, in the code of SiT (a slip) and REPA as here
 def time_features(t, dim=256):
     """cos and sin of t at dim / 2 rates, 1 to 1e-4: (B,) -> (B, dim)."""
     rate = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -300,7 +301,7 @@ def repa_loss(p, y_star):
     return -F.cosine_similarity(y_star, p.float(), dim=-1).mean()  # Eq. 8
 
 def guided_v(net, x, t, y, guidance):
-    """v_hat under classifier-free guidance, v_null + guidance (v_y - v_null), like x; 1: v_y alone.
+    """Classifier-free guidance, v_null + guidance (v_y - v_null), of x's shape; v_y if it is 1.
 
     The drift of Eq. 5 is affine in v: guided like this it would be the same.
     """
@@ -328,7 +329,7 @@ def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250,
     def drift(x, t):  # for the linear path and diffusion = 2 it is (2 - t) v + x
         v = v_hat(x, t)
         alpha, sigma, d_alpha, d_sigma = interpolant(path, x.new_full((1,), t))
-        sigma_s = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)  # Eq. 7, sigma s
+        sigma_s = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma)  # sigma x Eq. 7
         return v - diffusion / 2 * sigma_s  # Eq. 5: v - w_t s / 2, without a division by sigma
 
     x = noise
@@ -408,7 +409,7 @@ def train(cfg):
             if encoder and (step < cfg.stop_align or not cfg.stop_align):
                 y_star = teacher_tokens(encoder, images, model.side, cfg.pool, cfg.spatial_norm)
                 align = repa_loss(p, y_star)  # Eq. 8
-            else:  # 0, also in the gradient of h_phi: DDP waits for every parameter
+            else:  # logged as 0; so is the gradient of h_phi: DDP waits for every parameter
                 align = 0 * (velocity if p is None else p.float().sum())
             loss = velocity + cfg.lam * align  # Eq. 9
         loss.backward()

@@ -1,7 +1,7 @@
 """Self-refining video sampling: a video model as its own denoising autoencoder while it samples.
 
 Paper     Jang, Ki, Jo, Xie, Yoon, Hwang. Self-Refining Video Sampling. arXiv:2601.18577v1
-Here      Eq. 3 flow_loss, predict-and-perturb (Eq. 5-9) and the uncertainty mask (Eq. 10-11)
+Here      Eq. 2-3 flow_loss, predict-and-perturb (Eq. 5-9) and the uncertainty mask (Eq. 10-11)
           pnp_sample, the schedule of its iterations plan_steps; pretrained Wan: refine_pretrained
 Changed   plans are windows of t, not of step numbers, which depend on the flow shift, without t = 0
           (the authors skip 1 to 3 steps); noise of the iterations is of a generator of its own, one
@@ -320,10 +320,8 @@ class VideoDiT(nn.Module):
 # ---- method ----------------------------------------------------------------------------
 
 def flow_loss(net, z1, y, t, given):
-    """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
-
-    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for every fixed t the loss of a
-    denoising autoencoder, which can be asked again and again."""
+    """E |u - (z1 - z0)|^2 without the given frames, which enter clean; t (B,) -> scalar. With
+    x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for a fixed t a denoising autoencoder."""
     z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
     z = t5 * z1 + (1 - t5) * z0
     z = torch.cat([z1[:, :, :given], z[:, :, given:]], 2)
@@ -374,9 +372,9 @@ def pnp_sample(velocity, z, times, plan, generators, tau=0.0):
             z = t * x + (1 - t) * eps  # perturb, back to the same t (Eq. 5-9)
             u = velocity(z, t)
             x_new, z_new = z + (1 - t) * u, z + (t_next - t) * u
-            U[i] = (x_new - x).abs().mean(1, keepdim=True)  # Eq. 10
+            U[i] = (x_new - x).abs().mean(1, keepdim=True)
             # Alg. 2 may also mean that what was uncertain stays so: uncertain |= U[i] > tau
-            certain = certain | (U[i] < tau)
+            certain = certain | (U[i] < tau)  # Eq. 10
             x = torch.where(certain, x, x_new)  # not in the paper
             z_next = torch.where(certain, z_next, z_new)  # Eq. 11
         z = z_next

@@ -3,13 +3,13 @@
 Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Dilemma in Latent
           Diffusion Models. arXiv:2501.01423v3 (VA-VAE, LightningDiT)
           Rombach et al. Latent Diffusion Models. arXiv:2112.10752v2 (LDM: the tokenizer)
-Here      Eq. 1 Tokenizer.project, Eq. 2-3 vf_loss, weighted by adaptive_weight: train_tokenizer;
+Here      Eq. 1 Tokenizer.project, 2-3 vf_loss, 4-5 adaptive_weight: train_tokenizer;
           LightningDiT, its direction loss lightning_loss, shift and interval sample_euler: train
 Changed   latents are sampled anew from the images at each step, not stored once; where flip is on,
           channel_statistics sees mirrored images, too; the teacher's images have its mean and std
           and are antialiased (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
-          loss: else the gradient at the start, v_hat = 0, is 1e8, and Adam takes 900 steps to
-          forget; guidance on all channels (code: 3); the stages of the VF loss are one run, with
+          loss: else the gradient at the start, v_hat = 0, is 1e8; centre crops (code: random in the
+          tokenizer); guidance on all channels (code: 3); the stages of the VF loss: one run, with
           one Adam and one discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms
           have fewer than 32 groups; bfloat16 in the tokenizer, too; BatchNorm without averages;
           rotation of channels (i, i + D / 2). Default: L1, no LPIPS (VGG is a download, the
@@ -117,13 +117,13 @@ class Config:
             if not ok:
                 raise ValueError(message)
 
-PAPER = dict(  # f16d32, DINOv2-L, LightningDiT-XL/1 on ImageNet 256, 64 epochs; tokenizer 130
+PAPER = dict(  # f16d32, DINOv2-L, LightningDiT-XL/1, 64 epochs of ImageNet 256; tokenizer 130
     compile="auto", data="data/imagenet/train", image_size=256, flip=True, batch_size=1024,
     steps=80_000, lr=2e-4, ema_decay=0.9999, log_every=100, save_every=5000, sample_every=20_000,
     encoder="timm:vit_large_patch14_dinov2.lvd142m", latent_dim=32, widths="128,128,256,256,512",
     blocks=2, tokenizer_steps=650_000, tokenizer_batch_size=256, tokenizer_lr=1e-4,
-    tokenizer_ema=0.0, perceptual="lpips", gan=0.5, vf_stages="100,15,15", dim=1152, depth=28,
-    heads=16, sampling_steps=249, guidance=10.0, guidance_channels=3)
+    tokenizer_ema=0.0, perceptual="lpips", gan=0.5, vf_stages="100,15,15",  # paper: 125 epochs
+    dim=1152, depth=28, heads=16, sampling_steps=249, guidance=10.0, guidance_channels=3)
 PRESETS = {
     "cifar10": dict(  # simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
         compile="auto", data="torch/cifar10", image_size=32, flip=True, batch_size=256, lr=5e-4,
@@ -131,7 +131,7 @@ PRESETS = {
         widths="64,128,256", blocks=2, gan=0.5, dim=384, depth=12, heads=6, tokenizer_steps=10_000,
         tokenizer_batch_size=128, tokenizer_lr=3e-4),
     "paper": PAPER,
-    "paper-b": PAPER | dict(  # Tab. 2: LightningDiT-B, 160 epochs; tokenizer 50; dopri5
+    "paper-b": PAPER | dict(  # Tab. 2, 4, code: LightningDiT-B, 160 epochs; tokenizer 50
         steps=200_000, tokenizer_steps=250_000, vf_stages="1", w_hyper="0.1", m1="0.5", m2="0.25",
         dim=768, depth=12, heads=12, shift=1.0, guidance=1.0, guidance_channels=0),
 }
@@ -484,8 +484,8 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
                 f = teacher(x).float()  # (B, N, D_f)
             w_hyper, m1, m2 = vf_setting(cfg, step)
             vf = vf_loss(z_prime, f, m1, m2, cfg.vf)  # mcos + mdms
-            w_adapt = adaptive_weight(rec, vf, model.encoder[-2].weight, ceiling=1e8)
-            loss = loss + w_hyper * w_adapt * vf  # L_VF
+            w_adapt = adaptive_weight(rec, vf, model.encoder[-2].weight, ceiling=1e8)  # Eq. 4
+            loss = loss + w_hyper * w_adapt * vf  # Eq. 5
             values |= {"vf": vf, "w_vf": w_hyper * w_adapt}
             values["cos"] = F.cosine_similarity(z_prime, f, dim=-1).mean()
         if cfg.gan and step + 1 >= cfg.gan_start:

@@ -3,11 +3,11 @@
 Paper     Yuan et al. Inference-time Physics Alignment of Video Generative Models with Latent World
           Models. arXiv:2601.10553v2 (WMReward). Assran et al. V-JEPA 2. arXiv:2506.09985v1
 Here      V-JEPA 2: VideoEncoder, LatentPredictor, draw_visible, jepa_loss, load_official. WMReward:
-          Eq. 4-6 surprise, best_of_n, Eq. 7-9, 12 guided_step. Generator: as in self_refine.py
+          Eq. 4-6 surprise, 10 best_of_n, 7-9, 12 guided_step. Generator: as in self_refine.py
 Changed   hidden tokens are masked in E, not dropped; one kind of mask a clip, also past to future;
-          both channels of a pair turn by one angle (theirs do not: published weights); VICReg
-          terms: without them this small E collapsed; --world frozen: E is a frame PCA, only P is
-          trained, nothing can collapse; S sees pixels unclamped; eta is a share of the norm of z
+          a pair of channels turns by one angle (theirs does not: published weights); VICReg terms,
+          without which this small E collapsed; --world frozen: E is the generator's PCA, only P
+          learns; AdamW (0.9, 0.99); S sees unclamped pixels; eta is a share of the norm of z
 Left out  VideoMix22M, cool-down; V-JEPA 2.1, Hugging Face's names; maximum over windows; Eq. 13
 Notation  E, P  encoder, predictor of hidden features   z   latent clip, (B, K, F, 3, 1)
           S     surprise, (B,); the reward is -S        t   0 = noise ... 1 = data
@@ -40,9 +40,9 @@ class Config:
     fresh: bool = False  # start over instead of continuing the run in the folder
     seed: int = 0  # of weights, data order, masks and noise
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | bf16 | fp32; S is always in float32
+    precision: str = "auto"  # auto | bf16 | fp32; S of a video is always float32
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
-    image_size: int = 32  # side S of a frame in pixels
+    image_size: int = 32  # side of a frame in pixels
     batch_size: int = 16  # clips per step, summed over all GPUs
     steps: int = 9000  # optimizer steps of the last stage, the world model
     lr: float = 1e-3  # AdamW, of both stages; falls to 0 over the last half
@@ -73,25 +73,26 @@ class Config:
     grad: str = "target"  # target | context | both: what the gradient of S goes through
     best_of: int = 8  # N candidates a clip (paper: 16 and 8)
     eta: float = 0.01  # length of a guidance step, a share of the latent's norm; 0: none
-    skip: int = 2  # first sampling steps without guidance (paper: 3 to 5 of 50)
+    skip: int = 2  # first sampling steps without guidance (their scripts: 3 or 5 of 50)
     every: int = 1  # then every so many steps have it
     sampling_steps: int = 20  # Euler steps of the generator
 
     def __post_init__(self):
-        S, counts = self.image_size, """clips components dim depth generator_steps world_dim
+        side, counts = self.image_size, """clips components dim depth generator_steps world_dim
         predictor_dim C stride best_of every sampling_steps""".split()
         for ok, message in (
                 (min(getattr(self, k) for k in counts) > 0, f"{', '.join(counts)}: at least 1"),
                 (min(self.lr, self.eta, self.skip) >= 0, "lr, eta and skip must not be negative"),
                 (0 <= self.ema_decay < 1 and 0 <= self.mask_index < 10,
                  "ema_decay must be in [0, 1), mask_index one of 0 to 9"),
-                (self.components <= S**2, f"components: a frame has only {S**2} pixels"),
+                (self.components <= side**2, f"components: a frame has only {side**2} pixels"),
                 (self.dim % 8 == self.predictor_dim % 32 == self.world_dim % 32 == 0,
                  "dim must be a multiple of 8, predictor_dim and world_dim of 32"),
-                (max(self.C, GIVEN) < self.W <= self.frames, f"need {GIVEN}, C < W <= frames"),
+                (max(self.C, GIVEN) < self.W <= self.frames, f"need C < W <= frames, {GIVEN} < W"),
                 (self.C % 2 == self.W % 2 == self.frames % 2 == 0, "C, W and frames must be even"),
-                (self.world != "tiny" or S % 4 == 0 < S // 16, "tiny: image_size 16, 20, 24, ..."),
-                (self.world == "tiny" or self.masks == "causal", "other masks need world tiny"),
+                (self.world != "tiny" or side % 4 == 0 < side // 16, "tiny: image_size 16, 20, .."),
+                (self.masks == "causal" or self.world == "tiny" or self.sample,
+                 "other masks need world tiny"),
                 ((self.world == "official") == bool(self.weights) <= bool(self.sample),
                  "world official and weights need each other and sample"),
                 (self.batch_size <= self.clips, f"batch_size must be at most clips {self.clips}")):
@@ -294,7 +295,7 @@ class ViTBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-    def forward(self, x, table, visible=None):  # (B, N, D), (2, N, D / heads), keys: bool (B, N)
+    def forward(self, x, table, visible=None):  # (B, N, D), (2, N, D / heads), bool (B, N): keys
         q, k, v = rearrange(self.attn["qkv"](self.norm1(x)), "b n (three h d) -> three b h n d",
                             three=3, h=self.heads)
         keys = None if visible is None else visible[:, None, None]
@@ -323,7 +324,7 @@ class VideoEncoder(nn.Module):
         self.register_buffer("table", rope_3d(grid, dim // heads, tiled), persistent=False)
         init_vit(self, self.blocks)
     def forward(self, video, visible=None):  # no token attends to hidden ones
-        if self.size:  # published weights: clips are resized to this side, white by ImageNet
+        if self.size:  # published weights: resized to this side, mean and std of ImageNet
             x = rearrange(video, "b c f h w -> (b f) c h w") * 0.5 + 0.5
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
             mean, std = x.new_tensor([0.485, 0.456, 0.406, 0.229, 0.224, 0.225]).view(2, 3, 1, 1)
@@ -357,7 +358,7 @@ class WorldModel(nn.Module):
         self.encoder, self.predictor, self.grid, self.tiny = encoder, predictor, grid, tiny
         self.target = copy.deepcopy(encoder).requires_grad_(False) if tiny else encoder
     def forward(self, video, visible):  # -> predicted, true, visible features, all (B, N, D)
-        z = self.target(video).detach()  # and a frozen token sees no other: it is its own h
+        z = self.target(video).detach()  # of FrozenCodes a token sees no other: z is also h
         h = self.encoder(video, visible) if self.tiny else z
         return self.predictor(h, visible), z, h
     def predict(self, context, N):
@@ -390,10 +391,8 @@ def load_official(weights, key, mask_index, frames):
 # ---- method ----------------------------------------------------------------------------
 
 def flow_loss(net, z1, y, t, given):
-    """E |u - (z1 - z0)|^2 without the given frames, which enter clean. t (B,), scalar.
-
-    With x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for every fixed t the loss of a
-    denoising autoencoder, which can be asked again and again."""
+    """E |u - (z1 - z0)|^2 without the given frames, which enter clean; t (B,) -> scalar. With
+    x = z + (1 - t) u it is E |x - z1|^2 / (1 - t)^2: for a fixed t a denoising autoencoder."""
     z0, t5 = torch.randn_like(z1), t.view(-1, 1, 1, 1, 1)
     z = t5 * z1 + (1 - t5) * z0
     z = torch.cat([z1[:, :, :given], z[:, :, given:]], 2)
@@ -434,11 +433,11 @@ def jepa_loss(net, video, visible, spread=0.0):
     z_hat, z, h = net(video, visible)
     error = (z_hat.float() - plain_norm(z)).abs().mean(-1)  # (B, N); z_hat without LN
     loss = ((error * ~visible).sum(1) / (~visible).sum(1)).mean()
-    cov = h.float().flatten(0, 1).T.cov()  # (D, D)
+    cov = h.float().flatten(0, 1).T.cov()  # (D, D), hidden tokens, too
     std, off = cov.diagonal().add(1e-4).sqrt(), cov - cov.diagonal().diag()
     return loss + spread * (F.relu(1 - std).mean() + off.square().sum() / len(cov))
 
-def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
+def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="target"):
     """1 - cos(P(E(first C frames)), E(W frames)) on the last W - C after LN, mean over windows from
     0, stride, 2 stride, ...: (B,), float32. Eq. 4-6, whose S is to be large: a slip of the print.
     cos   feature: over a token's channels, as the paper reads; token: over a channel's tokens
@@ -447,19 +446,20 @@ def surprise(video, world, C=4, W=8, stride=1, cos="feature", grad="both"):
     predict = torch.no_grad()(world.predict) if grad == "target" else world.predict
     windows = rearrange(video.float().unfold(2, W, stride), "b c k h w f -> (b k) c f h w")
     with torch.autocast(video.device.type, enabled=False):
-        z = target(windows)
-        z_hat = predict(windows[:, :, :C], z.shape[1])
+        z = target(windows)  # Eq. 5, (B k, N, D)
+        z_hat = predict(windows[:, :, :C], z.shape[1])  # Eq. 4
     z_hat, z = plain_norm(z_hat), plain_norm(z[:, -z_hat.shape[1]:])
     similar = F.cosine_similarity(z_hat, z, {"feature": 2, "token": 1}[cos]).mean(1)
-    return 1 - similar.unflatten(0, (len(video), -1)).mean(1)
+    return 1 - similar.unflatten(0, (len(video), -1)).mean(1)  # Eq. 6
 
-def health(world, video, tracks, S):
+def health(world, video, tracks, S, W):
     """What tells a collapse, on held-out clips (B, 3, F, S, S), tracks (B, F, 3, 4): std over clips
-    and rank, exp(entropy of the spectrum), of target features after LN; mean S, and of the frames
-    in random order; R^2 of ridge probes of ball 0 from two token frames. Numbers by name."""
-    z, T, half = plain_norm(world.target(video)), world.grid[0], len(video) // 2
+    and rank, exp(entropy of the spectrum), of target features of W frames after LN; mean S, and of
+    frames in random order; R^2 of ridge probes of ball 0 from two token frames. Numbers by name."""
+    T, half = world.grid[0] * W // video.shape[2], len(video) // 2
+    z = plain_norm(world.target(video[:, :, :W]))  # as long as in training
     p = F.normalize(torch.linalg.eigvalsh(z.flatten(0, 1).T.cov()).clamp(min=1e-9), 1, 0)
-    x, y = z.unflatten(1, (T, -1)).flatten(2), tracks[:, ::video.shape[2] // T, 0].to(z)
+    x, y = z.unflatten(1, (T, -1)).flatten(2), tracks[:, :W:W // T, 0].to(z)
     x, y = torch.cat([x[:, :-1], x[:, 1:]], 2), y[:, :-1]  # (B, T - 1, 2 H W D), (B, T - 1, 4)
     x, y = x - x[:half].mean((0, 1)), y - y[:half].mean((0, 1))
     (x, x_new), (y, y_new) = ([w[:half].flatten(0, 1), w[half:].flatten(0, 1)] for w in (x, y))
@@ -471,15 +471,15 @@ def health(world, video, tracks, S):
     return dict(zip("std rank surprise shuffled position velocity".split(), map(float, numbers)))
 
 def best_of_n(candidates, S):
-    """Of N candidates (N, B, ...) for each of B conditions the one of least S (N, B): (B, ...)."""
+    """Of N candidates (N, B, ...) a condition, that of least S (N, B): (B, ...). Eq. 10."""
     return candidates[S.argmin(0), torch.arange(S.shape[1], device=S.device)]
 
 def guided_step(velocity, decode, S, z, t, eta):
     """z - eta |z| g / |g|, g = d S(decode(x_hat)) / dz: a step of the authors' code (Eq. 7-9, 12).
-    Eq. 12 to the letter would add -lambda (1 - t) / t dS/dz to the velocity, infinite at t = 0."""
+    Eq. 12 to the letter would add -omega (1 - t) / t dS/dz to the velocity, infinite at t = 0."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        g, = torch.autograd.grad(S(decode(z + (1 - t) * velocity(z, t))).sum(), z)
+        g, = torch.autograd.grad(S(decode(z + (1 - t) * velocity(z, t))).sum(), z)  # S(x_hat)
     length = eta * z.detach().flatten(1).norm(dim=1, keepdim=True)  # (B, 1)
     return z.detach() - (length * F.normalize(g.flatten(1))).view_as(z)
 
@@ -533,7 +533,8 @@ def show_rows(net, codec, world, cfg, device, path):
     rows = gather(parts)  # (n, 5, 3, F, S, S); without guidance 3 instead of 5
     save_gif(rows.flatten(0, 1), f"{path}.gif", rows.shape[1])
     save_grid(rearrange(rows[:3][-1], "row c f h w -> (row f) c h w"), f"{path}.png", cfg.frames)
-    return {} if cfg.world == "official" else health(world, videos[cfg.n:], clips.tracks[cfg.n:], S)
+    held = videos[cfg.n:], clips.tracks[cfg.n:], S, cfg.W
+    return {} if cfg.world == "official" else health(world, *held)
 
 def train_stage(cfg, model, decay, loss, average, check=lambda path: {}, **extra):
     """Train one stage by loss(indices). average: an EMA and its source; check(path): numbers."""

@@ -428,18 +428,19 @@ class Sees(nn.Module):
 def test_health_reads_position_and_velocity_and_tells_collapsed_features():
     clips = bouncing_balls(200, 16, 16, 0)
     videos = clips.videos.float() / 127.5 - 1
-    state = clips.tracks[:, ::2, 0].float()  # (200, 8, 4)
-    noise, lift = torch.randn(200, 16, 12), torch.randn(4, 6)
-    still = torch.tensor([1.0, -1.0]).repeat(8, 16, 3)[:1].expand(200, 16, 6)  # rules the LayerNorm
+    state = clips.tracks[:, :8:2, 0].float()  # (200, 4, 4), of the 8 frames of a window
+    noise, lift = torch.randn(200, 8, 12), torch.randn(4, 6)
+    still = torch.tensor([1.0, -1.0]).repeat(8, 8, 3)[:1].expand(200, 8, 6)  # rules the LayerNorm
 
     def knows(video):  # both tokens of a pair of frames: position and velocity, linear
+        assert torch.equal(video, videos[:, :, :8])  # no more frames than a window of training
         return torch.cat([0.01 * (state @ lift).repeat_interleave(2, 1), still], 2)
 
     S = lambda video: video[:, :, 0].mean((1, 2, 3))
-    good = script.health(Sees(knows), videos, clips.tracks, S)
-    blind = script.health(Sees(lambda video: noise), videos, clips.tracks, S)
-    dull = 0.001 * noise + lift.view(2, 12).repeat(8, 1)
-    dead = script.health(Sees(lambda video: dull), videos, clips.tracks, S)
+    good = script.health(Sees(knows), videos, clips.tracks, S, 8)
+    blind = script.health(Sees(lambda video: noise), videos, clips.tracks, S, 8)
+    dull = 0.001 * noise + lift.view(2, 12).repeat(4, 1)
+    dead = script.health(Sees(lambda video: dull), videos, clips.tracks, S, 8)
     assert good["position"] > 0.95 and good["velocity"] > 0.9
     assert abs(blind["position"]) < 0.3 and abs(blind["velocity"]) < 0.3
     assert blind["std"] == pytest.approx(1, abs=0.05) and dead["std"] < 0.01
@@ -664,6 +665,18 @@ def test_sample_with_published_weights_ranks_by_them(refuses, monkeypatch):
                         lambda url, **how: asked.append(url) or torch.load("vit.pt"))
     script.main([*flags, "vitg", "--eta", "0", "--stride", "4"])
     assert asked == ["https://dl.fbaipublicfiles.com/vjepa2/vitg.pt"]
+
+
+def test_published_weights_judge_samples_of_a_run_with_other_masks():
+    path = Path("run/last.pt")
+    script.main(SMALL + ["--out", "run"])
+    saved = torch.load(path, weights_only=True)
+    saved["config"] |= {"world": "tiny", "masks": "mixed"}  # as --preset gpu has them
+    torch.save(saved, path)
+    official_file("vit.pt")
+    script.main(["--sample", "run/last.pt", "--n", "1", "--world", "official", "--weights",
+                 "vit.pt", "--eta", "0", "--stride", "4"])
+    assert frames_of("run/sample.gif") == ((3 * 66, 66), 8)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the rows lie elsewhere
+SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the rows lie elsewhere;
+    # several metrics: "metric: arm & metric: arm"
     "consistency_training": {
         "ring": "sw_1: iCT | ECT | CT, no EMA | CT | iCT, EMA target",
         "shrink": "ring/std_ratio: iCT, no stop-gradient | CT, no EMA, no stop-gradient",
         "images": "fd_1: iCT | ECT | CT, no EMA, s1 = 18 | iCT, no stop-gradient",
-        "features": "images/probe_0.5: iCT | denoiser"},
+        "features": "images/probe_best: iCT | denoiser"},
     "simsiam": {
         "collapse": "probe: full | no stop-gradient | no predictor | untrained",
         "teacher": "probe: teacher | untrained | pixels"},
@@ -48,7 +49,8 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "robust": "psnr_0.5: tau 0 | tau 0.8",
         "widths": "images/fd: d 48 | d 96 | d 192", "head": "images/fd: d 96 | d 96 + head | d 192",
         "shifts": "images/fd: alpha 1 | d 192 | alpha 3 | alpha 6",
-        "decoders": "images/fd_clean: d 192", "encoders": "images/fd: d 192 | random | pixels",
+        "decoders": "images/fd_clean: d 192 & images/fd: d 192",
+        "encoders": "images/fd: d 192 | random | pixels",
         "guidance": "fd: w 1.25 | w 1.5 | w 2"},
     "repa": {
         "teacher": "probe: teacher | random | pixels",
@@ -69,7 +71,8 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "softmax": "images/fd: specific softmax | specific gauss | specific mog",
         "unified": "images/fd: unified mog | specific mog | unified U-Net"},
     "vjepa_guidance": {
-        "violations": "freeze: frozen",
+        "violations": "teleport: frozen & jitter: frozen & upwards: frozen & stop: frozen & "
+                      "freeze: frozen & through: frozen & reversed: frozen",
         "reward": "residual_16: Euler, frozen | Euler, pixel | Euler, random | Euler, oracle",
         "speed": "rho_partial: Euler (frozen) | refined (frozen)",
         "guidance": "residual: none (frozen) | 0.01 target (frozen)",
@@ -78,10 +81,65 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
                   "refined, one (frozen) | refined, best of 16 (frozen)",
         "windows": "residual: 4/8/1 (frozen) | 8/16/8 (frozen)"},
     "ddpm_xpred": {
-        "buried": "verr: D 2 x | D 512 x | D 512 v | D 512 eps",
+        "buried": "verr: D 2 x | D 512 x | D 512 v | D 512 eps & "
+                  "near: D 2 x | D 2 v | D 2 eps | D 2 eps, eps-loss",
         "nine": "verr: eps-loss x | x-loss v | x-loss eps",
         "high": "tv: v-loss x | v-loss v | v-loss eps",
         "low": "tv: v-loss x | v-loss v | v-loss eps"},
+}
+
+
+OWN = {  # no paper claims these: checks of this repository
+    "consistency_training": {"shrink"}, "simsiam": {"teacher"}, "va_vae": {"probe"},
+    "representation_dynamics": {"grain"}, "vjepa_guidance": {"speed", "refine"},
+    "repa": {"alignment", "place", "shuffled", "random"}}
+WORDS = {"as in the paper": "holds", "contradicted": "does not hold"}  # verdicts of those
+LABELS = {  # what a metric is; the docstring of the claim says it in full
+    "aligned_0.1": "cosine with the teacher's token above the mean answer's, t = 0.1",
+    "auroc_std": "AUROC, copies against fresh samples, by the std of the code",
+    "auroc_std_own": "AUROC of a network's own copies by the std of a feature",
+    "block_error": "largest relative error of the theory's blocks",
+    "change": "change by one iteration, in distances of two samples",
+    "cknna": "agreement on nearest neighbours with the teacher, 0 to 1",
+    "cosine": "smallest cosine of a live column with a stored sample",
+    "cv": "coefficient of variation of the latent's density, lower is more even",
+    "entropy": "entropy of the modes that samples reach",
+    "excess_0.3": "squared error over the exact score's, sigma = 0.3",
+    "excess_1": "squared error over the exact score's, sigma = 1",
+    "fd": "Frechet distance of samples in features of the judge",
+    "fd_1": "Frechet distance of one-step samples in features of the judge",
+    "fd_clean": "Frechet distance with a decoder trained without noise",
+    "freeze": "frozen", "jitter": "moved by a pixel at random", "stop": "frozen half-way",
+    "reversed": "time reversed, which is lawful (0.5 is right)", "upwards": "gravity reversed",
+    "teleport": "share of clips that surprise less than the same clip with a ball elsewhere",
+    "through": "balls through each other",
+    "gain": "accuracy gained by averaging five probes",
+    "loss": "squared velocity error a dimension",
+    "mean": "mean accuracy over noise levels",
+    "memorised": "share of samples that are a training sample",
+    "near": "share of samples near the curve",
+    "own_level": "noise level of the best probe, fitted on the network's own images",
+    "peak": "highest SNR, or accuracy",
+    "place_0.1": "cosine with the own token less the best of other places, t = 0.1",
+    "position": "distance to the true continuation, pixels",
+    "probe": "accuracy of a linear probe",
+    "probe_best": "accuracy of a linear probe at its best noise level",
+    "probe_4_0.1": "accuracy of a linear probe of block 4, t = 0.1",
+    "psnr": "PSNR of reconstructions, dB", "psnr_0.5": "PSNR of latents with noise 0.5, dB",
+    "rate": "factor of the error a step",
+    "residual": "error of the law of motion, box widths / s^2",
+    "residual_16": "error of the law of motion, best of 16, box widths / s^2",
+    "rho_partial": "rank correlation of surprise and that error, given speed",
+    "rise": "peak over the value at low noise, or less it",
+    "share": "share of samples in the smaller mode, 0.5 were right",
+    "slope": "slope of log error over log N",
+    "snr_0_296": "SNR of features at sigma = 0.296",
+    "std_ratio": "width of samples over that of the data",
+    "subspace_error": "error of the learned subspaces",
+    "sw_1": "sliced Wasserstein distance of one-step samples",
+    "teleports": "share of clips in which a ball jumps",
+    "tv": "total variation of samples over that of real images",
+    "verr": "squared velocity error, 2.0 cannot be had less",
 }
 
 
@@ -93,15 +151,18 @@ def figure(mean, std):
 
 
 def numbers(report, claim):
-    """`metric: arm mean ± std, ...` of the rows that SHOWN names for a claim, and their numbers of
-    seeds; KeyError if there are none."""
-    where, arms = SHOWN[report["script"]][claim].split(": ", 1)
-    table, metric = where.split("/") if "/" in where else (claim, where)
+    """`what it is: arm mean ± std; ...` of the rows that SHOWN names for a claim, and numbers
+    of seeds; KeyError if there are none."""
     rows = {(row["table"], row["arm"]): row["metrics"] for row in report["rows"]}
-    found = [rows[table, arm][metric] for arm in arms.split(" | ")]
-    seeds = sorted({str(m["n"]) for m in found})
-    return f"{metric}: " + "; ".join(
-        f"{arm} {figure(m['mean'], m['std'])}" for arm, m in zip(arms.split(" | "), found)), seeds
+    parts, seeds = [], set()
+    for part in SHOWN[report["script"]][claim].split(" & "):
+        where, arms = part.split(": ", 1)
+        table, metric = where.split("/") if "/" in where else (claim, where)
+        found = {arm: rows[table, arm][metric] for arm in arms.split(" | ")}
+        seeds |= {str(m["n"]) for m in found.values()}
+        texts = [f"{arm} {figure(m['mean'], m['std'])}" for arm, m in found.items()]
+        parts.append(f"{LABELS[metric]}: {'; '.join(texts)}")
+    return ". ".join(parts), sorted(seeds)
 
 
 def reports(folder):
@@ -110,29 +171,42 @@ def reports(folder):
     return [report for report in found if "claims" in report]
 
 
+def verdicts(report):
+    """(claim, whether a paper makes it, verdict) of a report."""
+    for claim in report["claims"]:
+        own = claim["table"] in OWN.get(report["script"], ())
+        yield claim, not own, (WORDS if own else {}).get(claim["agrees"], claim["agrees"])
+
+
 def counts(folder):
     """How many claims came out how, a sentence."""
-    agrees = [c["agrees"] for report in reports(folder) for c in report["claims"]]
-    n = {word: agrees.count(word) for word in set(agrees) | {"contradicted"}}
-    return (f"Of {len(agrees)} claims {n['as in the paper']} came out as in the paper, "
-            f"{n['partly']} partly, {n['not resolved']} were not resolved at this scale, "
-            f"{n['contradicted']} contradicted.")
+    found = [v for report in reports(folder) for v in verdicts(report)]
+    theirs, ours = ([word for _, papers, word in found if papers == k] for k in (True, False))
+    a, b, c, d = (theirs.count(w) for w in ("as in the paper", "partly", "not resolved",
+                                            "contradicted"))
+    e, f, g, h = (ours.count(w) for w in ("holds", "partly", "not resolved", "does not hold"))
+    return (f"Of {len(theirs)} claims of papers {a} came out as in the paper, {b} partly, {c} were "
+            f"not resolved at this scale, {d} contradicted. Of {len(ours)} checks of our own {e} "
+            f"hold, {f} partly, {g} were not resolved, {h} do not.")
 
 
 def table(folder):
     """Markdown text of all claims in folder/*_cpu.json and *_gpu.json."""
     lines = ["# Claims", "", "Written by `python -m tests.claims.table` from the JSON files here. "
-             "What counts as agreeing stands in the",
-             "docstrings of [tests/claims/](../tests/claims). Mean ± std over seeds.", "",
-             counts(folder), "",
-             "| script | claim | the paper | here | numbers | seeds | device | commit |",
-             "|---|---|---|---|---|---|---|---|"]
+             "What counts as agreeing, and what each", "arm and number is, stands in the docstrings"
+             " of [tests/claims/](../tests/claims). Mean ± std over seeds.", "", counts(folder)]
     for report in reports(folder):
-        for claim in report["claims"]:
+        name, preset = report["script"], report["preset"]
+        lines += ["", f"## {name}, {preset} preset", "",
+                  f"[Rules](../tests/claims/{name}.py), [numbers]({name}_{preset}.json), "
+                  f"[figure]({name}_{preset}.png). {report['seconds'] / 60:.0f} minutes, "
+                  f"{report['device']}, commit {report['commit']}.", "",
+                  "| claim | the paper | here | numbers | seeds |", "|---|---|---|---|---|"]
+        for claim, papers, verdict in verdicts(report):
             shown, seeds = numbers(report, claim["table"])
-            cells = [report["script"], claim["table"], claim["claim"], f"**{claim['agrees']}**",
-                     shown, " or ".join(seeds), report["device"], report["commit"]]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            paper = claim["claim"] if papers else f"*ours:* {claim['claim']}"
+            cells = [claim["table"], paper, f"**{verdict}**", shown, " or ".join(seeds)]
+            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -266,7 +266,7 @@ def run_seed(preset, seed, folder, device):
         S = functools.partial(script.surprise, world=world, C=cfg.C, W=cfg.W, stride=cfg.stride)
         parts = functools.partial(in_parts, lambda x, S=S: S(x.to(device)))
         tracks = clips.tracks.to(device)
-        out["health"][w] = script.health(world, real, tracks, lambda x: parts(x).to(device))
+        out["health"][w] = script.health(world, real, tracks, lambda x: parts(x).to(device), cfg.W)
         out["violations"][w] = violations(parts, balls(PAIRS, seed=mix(3, seed)))
     # candidates, from the same noise: Euler, and predict-and-perturb with as many evaluations
     z1, y = codec.encode(real), clips.labels.to(device)
