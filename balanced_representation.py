@@ -460,7 +460,7 @@ def train(cfg, pool=None):
 
     for step in steps(cfg, state):
         index = batch_indices(cfg.samples * repeat, cfg, step) % cfg.samples
-        x = data.x[index.to(device)]  # (B, d)
+        x = data.x[index.to(device, non_blocking=True)]  # (B, d)
         loss = (paper_loss(net, model.W, x, cfg.sigma, lam) if cfg.loss == "paper"
                 else code_loss(net, x, cfg.sigma))
         loss.backward()

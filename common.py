@@ -43,7 +43,8 @@ def parse_config(cls, presets, sampling=(), argv=None):
     for name, kind in cls.__annotations__.items():
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         words = re.match(r"([\w-]+(?: \| [\w-]+)+)(?:[:;]|$)", notes[name])
-        how |= {"choices": words[1].split(" | ")} if words else {}
+        choices = [*presets] if name == "preset" else words and words[1].split(" | ")
+        how |= {"choices": choices} if choices else {}
         how["help"] = f"{notes[name]} [{getattr(cls, name)}]".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v or k != "out"}
@@ -216,16 +217,17 @@ def bouncing_balls(n, frames, size, seed, texture=False):
     return argparse.Namespace(videos=videos.to(torch.uint8), background=back.to(torch.uint8),
                               tracks=tracks, radius=radius, labels=labels)
 
-def load_images(cfg, device, split="all"):
+def load_images(cfg, device, split="all", limit=None):
     """The data set of --data: on the device if it takes at most a quarter of memory, else streamed.
+    limit    of a set that is not shapes, take at most so many images, the same in every run
     split    all: 50,000 shapes, or a set's training part | validation: 10,000 other shapes, a set's
              held-out part, or, of a folder or .tar without one, every tenth image | train: the rest
     returns  namespace: classes (number), size M, images uint8 (M, 3, S, S), labels int64 (M,);
              if streamed, images is None and stream(step) iterates over batches from that step on
     errors   a set that is missing, empty, unreadable, without classes or smaller than the batch"""
     S, cuda = cfg.image_size, device.type == "cuda"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.mem_get_info()[1] if cuda else memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD  # each rank decodes
+    memory = min(torch.cuda.mem_get_info()[1], memory) if cuda else memory
     loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
                                generator=torch.Generator())  # leaves the step's own alone
     data = argparse.Namespace(classes=len(SHAPES), images=None)
@@ -238,6 +240,8 @@ def load_images(cfg, device, split="all"):
         data.images, data.labels, data.size = images[keep], y[keep], keep.sum().item()
     else:
         dataset, indices, data.classes = open_dataset(cfg.data, split)
+        if limit:
+            indices = [indices[i] for i in epoch_order(len(indices), 0)[:limit]]
         streamed = len(indices) * 3 * S * S > memory / 4
         read = functools.partial(read_images, dataset, indices, cfg, streamed)
         if streamed:
@@ -246,8 +250,9 @@ def load_images(cfg, device, split="all"):
         else:
             parts = loader(range(0, len(indices), 256), None, collate_fn=read)
             with explain(f"--data {cfg.data}", OSError):  # raised in a worker
-                parts = zip(*tqdm(parts, f"reading {cfg.data}", disable=RANK > 0 or None))
-                data.images, data.labels = (torch.cat(part).to(device) for part in parts)
+                parts = tqdm(parts, f"reading {cfg.data}", disable=RANK > 0 or None)
+                parts = zip(*[[x.to(device, copy=True) for x in part] for part in parts])
+            data.images, data.labels = map(torch.cat, parts)
             data.size = len(data.labels)
             if cfg.skip_bad and RANK == 0:
                 print(f"left out {len(indices) - data.size} of {len(indices)} images of {cfg.data}")
@@ -367,11 +372,11 @@ def load_encoder(spec, grid, norm="final"):
         return Encoder(model, grid, norm, json.loads(mean), json.loads(std))
 
 # ---- the run ---------------------------------------------------------------------------
-def load_checkpoint(path):
-    """Entries of a checkpoint, mapped from disk; code in the file is refused, not run."""
+def load_checkpoint(path, *names):
+    """Entries of a checkpoint, mapped from disk; refused if it has code in it or lacks a name."""
     with explain(f"{path} is missing, truncated or no checkpoint of these scripts", Exception):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {"step": saved["step"], "config": saved["config"], **saved}
+        return {name: saved[name] for name in ("step", "config", *names)} | saved
 
 def save_checkpoint(path, entries):
     """Write under another name, flush, rename: a kill leaves the old file or the new one, whole."""
@@ -404,7 +409,7 @@ def start_run(cfg, state):
             out.mkdir(parents=True, exist_ok=True)
             for file in [last, out / "prev.pt", table, *out.glob("samples_*")] * cfg.fresh:
                 file.unlink(missing_ok=True)
-            if last.exists() and json.loads((out / "config.json").read_text())["code"] != code:
+            if saved.get("code", code) != code:
                 tqdm.write(f"warning: the code has changed since {last} was made")
             table.touch()  # and drop the lines of steps that a kill undid
             lines = [x for x in table.read_text().splitlines(True) if x.endswith("}\n")]
@@ -413,6 +418,7 @@ def start_run(cfg, state):
             for file, text in (out / "config.json", config), (table, "".join(lines)):
                 file.with_suffix(".new").write_text(text)
                 os.replace(file.with_suffix(".new"), file)  # whole at every moment
+        state["code"] = code
         return saved["step"]
 
 def steps(cfg, state):
@@ -459,7 +465,8 @@ def log(cfg, state, step, **values):
     mean, now = check_finite(cfg, state, step).mean(0), time.perf_counter()
     (first, before), state["clock"] = state["clock"], (step + 1, now)
     speed = cfg.batch_size * (step + 1 - first) / (now - before)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on Linux kilobytes
+    host *= 1024 if sys.platform == "linux" else 1
     memory = (torch.cuda.max_memory_allocated() if row.is_cuda else host) / 2**30
     line = values | dict(zip(tensors, mean.tolist())) | {"images_per_s": speed, "memory_gb": memory}
     if RANK == 0:

@@ -355,7 +355,7 @@ def consistency_loss(online, target, x, t_hi, t_lo, weight, metric="huber", sigm
 def edm_loss(net, x, sigma_data=0.5, t_min=0.002):
     """EDM's loss, f is the denoiser: ln t ~ N(-1.2, 1.2^2), weight about 1 / c_out^2. Scalar."""
     t = (-1.2 + 1.2 * torch.randn(len(x), dtype=torch.float64)).exp().clamp(min=2 * t_min)
-    weight = ((t**2 + sigma_data**2) / (t * sigma_data)**2).float().to(x.device)
+    weight = ((t**2 + sigma_data**2) / (t * sigma_data)**2).float().to(x.device, non_blocking=True)
     x_hat = consistency(net, add_noise(x, t, torch.randn_like(x)), t, sigma_data, t_min)
     return (weight * (x_hat - x).square().flatten(1).mean(1)).mean()
 
@@ -408,7 +408,7 @@ def pairs(cfg, n, step):
 def held_out_images(cfg, device, n=256):
     """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
     cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
-    data = load_images(cfg, device, "validation")
+    data = load_images(cfg, device, "validation", n)
     size = max(1, min(n, data.size) // WORLD) * WORLD
     return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
@@ -441,7 +441,7 @@ def train(cfg, data=None):
             Path(cfg.out, "last.pt").unlink(missing_ok=True)
         start = dataclasses.replace(cfg, method="diffusion", out=f"{cfg.out}/diffusion",
                                     steps=cfg.diffusion_steps)
-        train(start, data)
+        train(start, copy.copy(data))  # a copy: a streamed set starts anew
         model.load_state_dict(load_checkpoint(f"{start.out}/last.pt")["ema"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     target = copy.deepcopy(model).requires_grad_(False) if cfg.target_ema else model

@@ -118,7 +118,7 @@ def k_subspaces(x, K, d, restarts=10, iterations=30):
     """Assign rows of x (n, D) to the longest projection, refit, repeat; best restart: (K, D, d)."""
     found, direction = [], F.normalize(x)
     for _ in range(restarts):
-        start = direction[torch.randint(len(x), (K,), device=x.device)]  # and who is near in angle
+        start = direction[torch.randint(len(x), (K,)).to(x.device)]  # and who is near in angle
         near = (start @ direction.T).abs().topk(2 * d).indices
         A = torch.stack([uncentred_svd(x[i], d) for i in near])
         for _ in range(iterations):
@@ -170,7 +170,8 @@ def batch_by_share(x, counts, size):
 
 def column(v, like, ndim):
     """A float or (B,) as (1 or B, 1, ...) with ndim dimensions, of like's kind."""
-    return torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (ndim - 1))
+    v = v.to(like) if torch.is_tensor(v) else like.new_full((1,), v)  # new_full: no waiting
+    return v.reshape(-1, *[1] * (ndim - 1))
 
 class MoGExperts(nn.Module):
     """Posterior means of K latent mixtures of m Gaussians with covariances tau^2 I + V lam V^T,
@@ -488,6 +489,7 @@ def train(cfg):
     model, vae = (net and net.to(device) for net in build(cfg, len(counts)))
     if vae:
         vae = train_vaes(cfg, vae, images, counts, device)
+    torch.set_float32_matmul_precision("highest")  # densities: differences of large numbers
     x0, frame = encode_experts(cfg, vae, images, counts, mean, scale, device)
     start_from_data(cfg, model, x0, counts)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -524,7 +526,8 @@ def train(cfg):
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample: image i of class i mod K, or clusters by their share."""
-    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    device, saved = setup(cfg), load_checkpoint(cfg.sample, "ema", "vae", "frame")
+    torch.set_float32_matmul_precision("highest")  # as in training
     frame = {name: v.to(device) for name, v in saved["frame"].items()}
     K, generator, parts = len(frame["share"]), torch.Generator().manual_seed(cfg.seed), []
     model, vae = (net and net.to(device) for net in build(cfg, K))

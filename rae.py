@@ -150,7 +150,7 @@ def class_rows(classes, columns=8):
 def held_out_images(cfg, device, n=256):
     """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
     cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
-    data = load_images(cfg, device, "validation")
+    data = load_images(cfg, device, "validation", n)
     size = max(1, min(n, data.size) // WORLD) * WORLD
     return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
@@ -575,7 +575,7 @@ def train(cfg):
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, image i of class i mod classes; the PNG shows ten."""
-    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    device, saved = setup(cfg), load_checkpoint(cfg.sample, "ema", "decoder", "latents")
     latents, classes, parts = saved["latents"].to(device), saved["classes"], []
     y, n = torch.arange(cfg.n) % classes, latents.shape[1]
     nets = {"ema": build(cfg, n, classes), "decoder": build_decoder(cfg, n)}

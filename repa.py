@@ -393,6 +393,7 @@ def train(cfg):
     vae, encoder = load_vae(cfg.vae, device), load_teacher(cfg, device)
     data = load_images(cfg, device)
     width = encoder.dim if encoder else 0
+    torch.manual_seed(cfg.seed)  # load_teacher drew numbers: weights start alike without
     model = build(cfg, data.classes, width).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -426,7 +427,7 @@ def train(cfg):
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, image i of class i mod classes; the PNG shows ten."""
-    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    device, saved = setup(cfg), load_checkpoint(cfg.sample, "ema", "classes", "width")
     vae = load_vae(cfg.vae, device)
     net = build(cfg, saved["classes"], saved["width"]).to(device).eval().requires_grad_(False)
     net.load_state_dict(saved["ema"])

@@ -434,7 +434,7 @@ def show_curves(pairs, curves, sigmas, path):
 def build(cfg):
     """The network of this config; one line and the end if it has no such layer."""
     net = DenoisingUNet(cfg.patch, cfg.dim, cfg.scales, cfg.blocks)
-    with explain(f"--layer {cfg.layer}", AttributeError, ValueError), torch.no_grad():
+    with explain(f"--layer {cfg.layer}", AttributeError, IndexError, ValueError), torch.no_grad():
         x = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
         activations(net, cfg.layer, x, torch.ones(1))
     return net.to(memory_format=torch.channels_last)

@@ -413,7 +413,7 @@ def draw(net, codec, videos, y, index, cfg, device, plan):
     return codec.decode(z).clamp(-1, 1)
 
 def save_samples(net, codec, cfg, device, name):
-    """Held-out clips, real | Euler | refined: a GIF of cfg.n, a row each, and a PNG of the first
+    """Held-out clips, real | Euler | refined: a GIF of at most 64, a row each, a PNG of the first
     three, with one to three balls: rows real, Euler, refined of each, columns the frames."""
     videos, y = (torch.cat(part) for part in zip(*make_clips(cfg.n, 1, cfg, "cpu")))
     parts = []
@@ -422,7 +422,7 @@ def save_samples(net, codec, cfg, device, name):
                  for plan in ([], parse_plan(cfg.plan))]
         parts.append((index, torch.stack([videos[index], *drawn], 1)))  # (B, 3, 3, F, S, S)
     videos = gather(parts)
-    save_gif(videos.flatten(0, 1), f"{cfg.out}/{name}.gif", columns=3)
+    save_gif(videos[:64].flatten(0, 1), f"{cfg.out}/{name}.gif", columns=3)
     save_grid(videos[:3].transpose(2, 3).flatten(0, 2), f"{cfg.out}/{name}.png", cfg.frames)
 
 def train(cfg):

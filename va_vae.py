@@ -118,7 +118,7 @@ class Config:
                 raise ValueError(message)
 
 PAPER = dict(  # f16d32, DINOv2-L, LightningDiT-XL/1, 64 epochs of ImageNet 256; tokenizer 130
-    compile="auto", data="data/imagenet/train", image_size=256, flip=True, batch_size=1024,
+    compile="auto", data="data/imagenet", image_size=256, flip=True, batch_size=1024,
     steps=80_000, lr=2e-4, ema_decay=0.9999, log_every=100, save_every=5000, sample_every=20_000,
     encoder="timm:vit_large_patch14_dinov2.lvd142m", latent_dim=32, widths="128,128,256,256,512",
     blocks=2, tokenizer_steps=650_000, tokenizer_batch_size=256, tokenizer_lr=1e-4,
@@ -142,7 +142,7 @@ SAMPLING = ("sampling_steps", "shift", "guidance", "guidance_low", "guidance_cha
 def held_out_images(cfg, device, n=256):
     """This rank's part of at most n images that are not trained on, float32 (B, 3, S, S)."""
     cfg = dataclasses.replace(cfg, flip=False, seed=0, batch_size=n // WORLD * WORLD)
-    data = load_images(cfg, device, "validation")
+    data = load_images(cfg, device, "validation", n)
     size = max(1, min(n, data.size) // WORLD) * WORLD
     return batch(data, dataclasses.replace(cfg, batch_size=size), device, 0)[0]
 
@@ -578,7 +578,7 @@ def train(cfg):
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, image i of class i mod classes; the PNG shows ten."""
-    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    device, saved = setup(cfg), load_checkpoint(cfg.sample, "ema", "tokenizer", "classes")
     net, tokenizer = build(cfg, saved["classes"])
     net.load_state_dict(saved["ema"])
     tokenizer.load_state_dict(saved["tokenizer"])

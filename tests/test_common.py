@@ -212,6 +212,18 @@ def test_streamed_batches_equal_those_in_memory(folder, monkeypatch):
         assert all(torch.equal(one, two) for one, two in zip(*after))  # the noise that follows, too
 
 
+def test_a_limit_takes_some_images_of_every_class_order_and_seed(folder):
+    cfg, cpu = config("--data", folder, "--batch-size", 2), torch.device("cpu")
+    all_of_it, some = load(folder), common.load_images(cfg, cpu, "all", 5)
+    cfg_9 = config("--data", folder, "--batch-size", 2, "--seed", 9)
+    other = common.load_images(cfg_9, cpu, "all", 5)
+    assert some.size == 5 and torch.equal(some.images, other.images) and some.classes == 3
+    known = {tuple(image.flatten().tolist()) for image in all_of_it.images}
+    found = {tuple(image.flatten().tolist()) for image in some.images}
+    assert len(found) == 5 and found <= known and len(some.labels.unique()) > 1
+    assert common.load_images(cfg, cpu, "all", 100).size == 12
+
+
 def test_bad_data_end_with_one_line(folder, refuses, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "loose").mkdir()

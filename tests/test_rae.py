@@ -26,7 +26,7 @@ SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-si
 double = torch.float64
 
 
-def few_shapes(cfg, device, split="all"):
+def few_shapes(cfg, device, split="all", limit=None):
     """300 shapes in place of 50,000, others to validate."""
     images, labels = shapes(300, cfg.image_size, seed=3 + (split == "validation"))
     return SimpleNamespace(images=images, labels=labels, classes=10, size=300)
@@ -499,7 +499,7 @@ def test_runs_share_a_decoder_which_the_second_stage_leaves_alone(small_data, re
     assert not Path("two/decoder").exists()
     first, stage = load_checkpoint("two/last.pt"), load_checkpoint("one/decoder/last.pt")
     assert all(torch.equal(w, first["decoder"][name]) for name, w in stage["ema"].items())
-    names = set(first) - {"step", "config", "log", "clock"}
+    names = set(first) - {"step", "config", "log", "clock", "code"}
     assert names == {"model", "ema", "opt", "decoder", "latents", "classes"}  # no encoder
     refuses(lambda: script.main(SMALL + shared + ["--tau", "0"]), "tau", "now 0")
     refuses(lambda: script.main(SMALL + ["--out", "one", "--steps", "8"]), "steps 4 (now 8)")

@@ -103,6 +103,18 @@ def test_projector_comes_last_so_that_the_rest_starts_alike():
     assert all((layer.bias == 0).all() for layer in nets[1].projector if hasattr(layer, "bias"))
 
 
+def test_aligned_or_not_training_starts_from_the_same_weights(monkeypatch):
+    """The teacher is loaded first, and draws random numbers."""
+    built = []
+    build = script.build
+    monkeypatch.setattr(script, "build", lambda *args: built.append(build(*args)) or built[-1])
+    for lam in ("0", "0.5"):
+        script.main(SMALL + ["--lam", lam, "--steps", "1", "--lr", "0", "--out", lam])
+    assert built[0].projector is None and built[1].projector is not None
+    for name, w in built[0].state_dict().items():
+        assert torch.equal(w, built[1].state_dict()[name]), name
+
+
 def test_block_by_hand():
     block, x, c = stir(script.SiTBlock(8, 2)).double(), torch.randn(5, 8).double(), torch.randn(8)
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c.double()).chunk(6)

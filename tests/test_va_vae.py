@@ -27,7 +27,7 @@ SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-si
 double = torch.float64
 
 
-def few_shapes(cfg, device, split="all"):
+def few_shapes(cfg, device, split="all", limit=None):
     """1,000 shapes in place of 50,000."""
     images, labels = shapes(1000, cfg.image_size, seed=int(split == "validation"))
     return SimpleNamespace(images=images, labels=labels, classes=10, size=1000)

@@ -236,7 +236,7 @@ def images(size, device, split):
 def arranged(name, patch, noisy=None):
     """The script with images made once; with the decoder of folder `noisy` in the place of a first
     stage, and, for `pixels`, without encoder and decoder."""
-    load = lambda cfg, device, split="all": images(cfg.image_size, device, split)
+    load = lambda cfg, device, split="all", *limit: images(cfg.image_size, device, split)
     with contextlib.ExitStack() as stack:
         put = lambda *pair: stack.enter_context(mock.patch.object(script, *pair))
         put("load_images", load)
