@@ -448,9 +448,8 @@ def train(cfg, data=None):
     opt = torch.optim.RAdam(model.parameters(), cfg.lr)
     torch._inductor.config.fallback_random = True  # else one seed is two dropout masks if compiled
     online = parallel(model, cfg, device)
-    state = {"model": model, "ema": ema, "opt": opt}
+    state = {"model": model, "ema": ema, "opt": opt, "found": {}}  # found: the latest ratio
     state |= {"target": target} if cfg.target_ema else {}
-    ratio = {}  # the latest
 
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -472,9 +471,10 @@ def train(cfg, data=None):
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
             path = f"{cfg.out}/samples_{step + 1:07d}"
-            ratio = {"std_ratio": draw(ema, held_out, cfg, device, path)}
+            state["found"] = {"std_ratio": draw(ema, held_out, cfg, device, path)}
         count = {"diffusion": {}, "ect": {"stage": N}}.get(cfg.method, {"N": N})
-        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **count, **ratio)
+        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **count,
+            **state["found"])
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample, in one step and one more for each of cfg.taus."""

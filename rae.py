@@ -418,7 +418,7 @@ def build_decoder(cfg, channels):
 
 @torch.no_grad()
 def latent_statistics(encoder, data, cfg, device, images=10_000):
-    """Mean and standard deviation of the tokens' channels, (2, n); the same for every seed."""
+    """Mean and deviation of the tokens' channels, (2, n); of a stream, of the seed's images."""
     cfg, moments = dataclasses.replace(cfg, seed=0, flip=False), []
     for step in range(max(1, int(min(images, data.size) // cfg.batch_size))):
         with autocast(cfg, device):
@@ -474,7 +474,7 @@ def train_decoder(cfg, encoder, held_out, device):
         critic_opt = torch.optim.AdamW(critic.parameters(), **adam)
         critic_net = parallel(critic, plain, device)
         state |= {"critic": critic, "critic_opt": critic_opt}
-    psnr = {}  # the latest
+    state["found"] = {}  # the latest
 
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -510,10 +510,10 @@ def train_decoder(cfg, encoder, held_out, device):
         values |= {"adversarial": adversarial, "w_gan": w_gan, "hinge": hinge} if cfg.gan else {}
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
-            x_hat, psnr["psnr"] = round_trip(encoder, ema, held_out, cfg, device)
+            x_hat, state["found"]["psnr"] = round_trip(encoder, ema, held_out, cfg, device)
             pairs = torch.cat([held_out[:8], x_hat[:8]])
             save_grid(pairs, f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
-        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **psnr)
+        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **values, **state["found"])
     return ema
 
 def load_weak(cfg, latents, device):

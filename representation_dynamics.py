@@ -456,7 +456,7 @@ def train(cfg):
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0, fused=True)
     net = parallel(model, cfg, device)
-    state, result = {"model": model, "ema": ema, "opt": opt}, {}  # result: not logged yet
+    state = {"model": model, "ema": ema, "opt": opt, "found": {}}  # not logged yet
 
     for step in steps(cfg, state):
         x0, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -472,10 +472,10 @@ def train(cfg):
             path = f"{cfg.out}/samples_{step + 1:07d}"
             images = draw(ema, 128, cfg, device, seed=0)
             save_grid(images[:64], f"{path}.png", columns=8)
-            pairs, curves, result = measure_features(ema, data, held_out, images, cfg, device)
-            show_curves(pairs, curves, levels(cfg.sigmas), path)
-        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **result)
-        result = {} if due(cfg, cfg.log_every, step) else result  # stands in one line only
+            *shown, state["found"] = measure_features(ema, data, held_out, images, cfg, device)
+            show_curves(*shown, levels(cfg.sigmas), path)
+        log(cfg, state, step, loss=loss, lr=lr, grad_norm=grad_norm, **state["found"])
+        state["found"] = {} if due(cfg, cfg.log_every, step) else state["found"]  # in one line
 
 def sample(cfg):
     """Draw cfg.n images from cfg.sample and measure its features, at any layer and levels."""

@@ -310,13 +310,13 @@ def measure(model, data, held_out, cfg, device, path, n):
     save_grid(grid.flatten(0, 1), path, columns=grid.shape[1])
     return result
 
-def save_teacher(backbone, cfg, result):
+def save_teacher(backbone, cfg, done, result):
     """Write <out>/teacher.safetensors as common.load_encoder reads it: weights in half precision,
     all that is known about them as text. None for cifar_stem, which timm cannot build by name."""
     if cfg.cifar_stem or RANK > 0:
         return
     about = {"timm": cfg.backbone, "args": cfg.backbone_args, "mean": [0.5] * 3, "std": [0.5] * 3,
-             "data": cfg.data, "image_size": cfg.image_size, "steps": cfg.steps, "seed": cfg.seed,
+             "data": cfg.data, "image_size": cfg.image_size, "steps": done, "seed": cfg.seed,
              "jitter": cfg.jitter, "gray": cfg.gray}
     about |= {name: round(value, 4) for name, value in result.items()}
     about = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
@@ -340,7 +340,7 @@ def train(cfg):
     opt = torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=cfg.weight_decay)
     online = parallel(model, cfg, device)
     state = {"model": model, "opt": opt} | ({"target": target} if target else {})
-    result = {}  # the latest measurement
+    state["found"] = {}  # the latest measurement
 
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -358,11 +358,11 @@ def train(cfg):
             ema_update(target, model, cfg.target_ema, step)
         if due(cfg, cfg.sample_every, step):
             path = f"{cfg.out}/samples_{step + 1:07d}.png"
-            result = measure(model, data, held_out, cfg, device, path, n=10)
-            save_teacher(model.backbone, cfg, result)  # before the checkpoint: a kill redoes both
+            found = state["found"] = measure(model, data, held_out, cfg, device, path, n=10)
+            save_teacher(model.backbone, cfg, step + 1, found)  # before last.pt: a kill redoes both
         rank = effective_rank(z) if due(cfg, cfg.log_every, step) else 0  # of this batch
         log(cfg, state, step, loss=loss, std=embedding_std(z), effective_rank=rank, lr=lr,
-            grad_norm=grad_norm, **result)
+            grad_norm=grad_norm, **state["found"])
 
 def sample(cfg):
     """Measure cfg.sample, draw cfg.n held-out images with their neighbours, write the teacher."""
@@ -373,7 +373,7 @@ def sample(cfg):
     result = measure(model, data, held_out, cfg, device, f"{cfg.out}/sample.png", cfg.n)
     if RANK == 0:
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
-    save_teacher(model.backbone, cfg, result)
+    save_teacher(model.backbone, cfg, saved["step"], result)
 
 def main(argv=None):
     cfg = parse_config(Config, PRESETS, (), argv)

@@ -451,7 +451,7 @@ def vf_setting(cfg, step):
 def reconstruct(tokenizer, x, cfg, device):
     """x_hat of x (n, 3, S, S) from sampled latents, clipped, and its PSNR in dB, mean over n."""
     with autocast(cfg, device):
-        x_hat = tokenizer(x)[0].clamp(-1, 1)
+        x_hat = torch.cat([tokenizer(part)[0] for part in x.split(64)]).clamp(-1, 1)
     return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean().item()
 
 def train_tokenizer(cfg, model, teacher, data, held_out, device):
@@ -466,7 +466,7 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
     lpips = load_lpips(device) if cfg.perceptual == "lpips" else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.Adam(model.parameters(), cfg.lr, (0.5, 0.9), fused=True)
-    net, state, psnr = parallel(model, cfg, device), {"model": model, "ema": ema, "opt": opt}, {}
+    net, state = parallel(model, cfg, device), {"model": model, "ema": ema, "opt": opt, "found": {}}
     if cfg.gan:
         critic = PatchGAN().to(device)
         critic_opt = torch.optim.Adam(critic.parameters(), cfg.lr, (0.5, 0.9), fused=True)
@@ -507,10 +507,10 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
             critic_opt.zero_grad()
         ema_update(ema, model, cfg.ema_decay, step)
         if due(cfg, cfg.sample_every, step):
-            seen, psnr["psnr"] = reconstruct(ema, held_out, cfg, device)
+            seen, state["found"]["psnr"] = reconstruct(ema, held_out, cfg, device)
             save_grid(torch.cat([held_out[:8], seen[:8]]),
                       f"{cfg.out}/samples_{step + 1:07d}.png", columns=8)
-        log(cfg, state, step, loss=loss, grad_norm=grad_norm, **values, **psnr)
+        log(cfg, state, step, loss=loss, grad_norm=grad_norm, **values, **state["found"])
     ema.project = None  # only the VF loss needs it
     return ema
 

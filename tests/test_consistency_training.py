@@ -1,5 +1,6 @@
 """consistency_training.py against the numbers of its papers, closed forms and float64."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -568,3 +569,24 @@ def test_lpips_without_its_package_says_what_to_install(refuses, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lpips", None)
     refuses(lambda: script.main(SMALL + ["--metric", "lpips", "--out", "run"]), "lpips", "pip")
+
+
+def test_both_stages_of_a_streamed_set_start_at_its_beginning(monkeypatch):
+    """Else a run that was continued in the second stage would see other images."""
+    asked, load = [], script.load_images
+
+    pair = torch.zeros(16, 3, 8, 8, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
+
+    def stream(step):
+        asked.append(step)
+        return itertools.repeat(pair)
+
+    def streamed(cfg, device, split="all", limit=None):
+        data = load(cfg, device, split, limit)
+        if split == "train":
+            data.images, data.stream = None, stream
+        return data
+
+    monkeypatch.setattr(script, "load_images", streamed)
+    script.main(SMALL + ["--method", "ect", "--out", "run"])
+    assert asked == [0, 0]

@@ -687,8 +687,10 @@ def test_samples_of_clusters_follow_their_shares(small_data):
         assert file["arr_1"].mean() == pytest.approx(0.1, abs=0.04)
 
 
-def test_sample_uses_ema_and_vae_of_the_file(small_data):
+def test_sample_uses_ema_and_vae_of_the_file(small_data, refuses):
     script.main(SMALL + ["--out", "run"])
+    stage = "run/vae/last.pt"
+    refuses(lambda: script.main(["--sample", stage]), stage)  # of the first stage
     saved = load_checkpoint("run/last.pt")
     cfg = script.Config(**saved["config"])
     model, vae = script.build(cfg, 10)

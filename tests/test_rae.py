@@ -499,7 +499,7 @@ def test_runs_share_a_decoder_which_the_second_stage_leaves_alone(small_data, re
     assert not Path("two/decoder").exists()
     first, stage = load_checkpoint("two/last.pt"), load_checkpoint("one/decoder/last.pt")
     assert all(torch.equal(w, first["decoder"][name]) for name, w in stage["ema"].items())
-    names = set(first) - {"step", "config", "log", "clock", "code"}
+    names = set(first) - {"step", "config", "log", "clock", "code", "found"}
     assert names == {"model", "ema", "opt", "decoder", "latents", "classes"}  # no encoder
     refuses(lambda: script.main(SMALL + shared + ["--tau", "0"]), "tau", "now 0")
     refuses(lambda: script.main(SMALL + ["--out", "one", "--steps", "8"]), "steps 4 (now 8)")
@@ -598,8 +598,10 @@ def test_weight_of_the_adversarial_term_makes_its_gradient_a_share_of_the_others
     assert size[1] == pytest.approx(0.75 * size[0], rel=0.02)
 
 
-def test_sample_uses_ema_decoder_and_latents_of_the_file(small_data):
+def test_sample_uses_ema_decoder_and_latents_of_the_file(small_data, refuses):
     script.main(SMALL + ["--out", "run", "--guidance", "1.5"])
+    stage = "run/decoder/last.pt"
+    refuses(lambda: script.main(["--sample", stage]), stage, "decoder'")  # it has no other network
     saved = dict(load_checkpoint("run/last.pt"))
     saved["model"] = {k: w * 0 for k, w in saved["model"].items()}  # only the EMA is sampled
     torch.save(saved, "run/other.pt")

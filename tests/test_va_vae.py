@@ -643,8 +643,10 @@ def test_training_aligns_the_latent(small_data):
     assert abs(lines[0]["cos"]) < 0.5 < lines[-1]["cos"] and lines[-1]["rec"] < lines[0]["rec"]
 
 
-def test_sample_uses_ema_tokenizer_and_statistics_of_the_file(small_data):
+def test_sample_uses_ema_tokenizer_and_statistics_of_the_file(small_data, refuses):
     script.main(SMALL + ["--out", "run"])
+    stage = "run/tokenizer/last.pt"
+    refuses(lambda: script.main(["--sample", stage]), stage, "tokenizer'")  # it has no other one
     saved = load_checkpoint("run/last.pt")
     cfg = script.Config(**saved["config"])
     net, tokenizer = script.build(cfg, 10)

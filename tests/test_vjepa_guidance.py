@@ -697,6 +697,7 @@ def test_published_weights_judge_samples_of_a_run_with_other_masks():
         (["--best-of", "0"], ["best_of"]),
         (["--ema-decay", "1"], ["ema_decay"]),
         (["--mask-index", "10"], ["mask_index"]),
+        (["--preset", "gup"], ["gup", "gpu"]),  # the only one
     ],
 )
 def test_bad_input_ends_with_one_line_and_writes_nothing(flags, words, refuses):
