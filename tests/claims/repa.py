@@ -86,7 +86,7 @@ readout_<t>         mean cosine of the ridge readout, above the constant answer 
 place_<t>, image_<t>   cosine of matched tokens less the best of other positions; of another image
 error_<t>           held-out |v_hat - v|^2 a number
 fd, fd_floor        of `samples` images (cpu 2,048, gpu 10,000); of as many held-out real images
-train_s, total_s    seconds of training with compiling; with those that the teacher took (a few
+train_s, total_s    seconds of training, gpu: with compiling; with those that the teacher took (a few
                     steps of it timed here, times its number of steps)
 """
 import contextlib
@@ -99,6 +99,7 @@ from types import SimpleNamespace
 
 import timm
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -129,7 +130,8 @@ SIZES = {  # marks: steps after which the Frechet distance is measured; read: im
     "cpu": dict(seeds=(0, 1), marks=(700,), fit=5000, test=2500, read=5000, samples=2048,
                 real=10_000, flags=[
                     "--image-size", 32, "--lr", 4e-3, "--batch-size", 64, "--patch", 8, "--pool", 2,
-                    "--dim", 192, "--heads", 3, "--log-every", 50, "--sampling-steps", 10]),
+                    "--dim", 192, "--heads", 3, "--log-every", 50, "--sampling-steps", 10,
+                    "--compile", "off"]),  # two arms side by side, a thread each
     "gpu": dict(seeds=(0, 1, 2), marks=(1000, 2000, 4000, 7000, 10_000, 14_000, 20_000), fit=20_000,
                 test=4000, read=5000, samples=10_000, real=45_000, flags=["--preset", "cifar10"]),
 }
@@ -596,6 +598,20 @@ def draw_figure(report):
         picture.set_title("samples: vanilla | REPA", fontsize=10)
 
 
+def run_arms(report, jobs):
+    """Arms (name, seed), one after the other; with the cpu preset two at a time, a thread each."""
+    if report["args"].preset == "gpu":
+        for name, seed in jobs:
+            arm(report, "arms", name, seed, functools.partial(train_arm, report, name, seed))
+        return
+    files = {job: arm_file(report, "arms", *job) for job in jobs}
+    with mp.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
+        found = {job: pool.apply_async(train_arm, (report, *job, file.parent))
+                 for job, file in files.items() if not file.exists()}
+        for job in jobs:
+            arm(report, "arms", *job, lambda folder, job=job: found[job].get())
+
+
 def main(argv=None):
     others = [Path("runs/teacher-cifar10/teacher.safetensors"), judge_file("torch/cifar10", 32)]
     report = open_report("repa", __doc__, argv, also=(
@@ -612,9 +628,8 @@ def main(argv=None):
     random_encoder(report["random"], file, images, cfg.pool * cfg.image_size // cfg.patch)
     for kind in ("teacher", "random", "pixels"):
         arm(report, "teacher", kind, 0, functools.partial(teacher_arm, report, kind))
-    for seed in size(report).seeds:  # a seed of every arm before the next
-        for name in ARMS | (MORE if report["args"].preset == "gpu" else {}):
-            arm(report, "arms", name, seed, functools.partial(train_arm, report, name, seed))
+    run_arms(report, [(name, seed) for seed in size(report).seeds for name in (
+        ARMS | (MORE if report["args"].preset == "gpu" else {}))])
     judge_claims(report)
     draw_figure(report)
 
