@@ -86,8 +86,8 @@ readout_<t>         mean cosine of the ridge readout, above the constant answer 
 place_<t>, image_<t>   cosine of matched tokens less the best of other positions; of another image
 error_<t>           held-out |v_hat - v|^2 a number
 fd, fd_floor        of `samples` images (cpu 2,048, gpu 10,000); of as many held-out real images
-train_s, total_s    seconds of training, gpu: with compiling; with those that the teacher took (a few
-                    steps of it timed here, times its number of steps)
+train_s, total_s    seconds of training (gpu: and compiling); with those that the teacher took (a
+                    few steps of it timed here, times its number of steps)
 """
 import contextlib
 import functools

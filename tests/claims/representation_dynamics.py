@@ -1,6 +1,6 @@
 """When a denoiser's features are good: noise level, class structure, memorisation, weight sharing.
 
-    python -m tests.claims.representation_dynamics                  # half an hour, 1 busy CPU core
+    python -m tests.claims.representation_dynamics                  # half an hour, 2 busy CPU cores
     python -m tests.claims.representation_dynamics --preset gpu     # images: CIFAR-10, 3 seeds
 
 What the paper reports (arXiv:2502.05743v4) and what counts as agreeing, stated before the run:
