@@ -391,7 +391,8 @@ def save_checkpoint(path, entries):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         new.unlink(missing_ok=True)
-        fail(f"cannot save {path}, which stays as it was: {error.__context__ or error}")
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        fail(f"cannot save {path}, which stays as it was: {reason}")
 
 def start_run(cfg, state):
     """Make or continue the run folder: fills `state` from last.pt, returns the first step to do."""
