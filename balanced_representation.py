@@ -453,10 +453,10 @@ def train(cfg, pool=None):
     decay = 2 * cfg.weight_decay if cfg.loss == "code" else 0.0  # one parameter for two layers
     opt = kind(model.parameters(), cfg.lr, weight_decay=decay)
     net = parallel(model, cfg, device)
-    state = {"model": model, "opt": opt, "stats": stats, "mean": data.mean, "concept": data.concept}
+    state = {"model": model, "opt": opt, "stats": stats, "mean": data.mean, "concept": data.concept,
+             "found": {}}  # of a measurement, until it is logged
     networks.append((model.W.detach(), data, stats, cfg))
     repeat = math.ceil(cfg.batch_size / cfg.samples)  # few samples are all in every batch
-    result = {}  # of a measurement, until it is logged
 
     for step in steps(cfg, state):
         index = batch_indices(cfg.samples * repeat, cfg, step) % cfg.samples
@@ -468,10 +468,10 @@ def train(cfg, pool=None):
         opt.step()
         opt.zero_grad()
         if due(cfg, cfg.sample_every, step):
-            result = measure_codes(model.W, data, cfg)
+            state["found"] = measure_codes(model.W, data, cfg)
             draw(networks, f"{cfg.out}/samples_{step + 1:07d}.png")
-        log(cfg, state, step, loss=loss, grad_norm=grad_norm, **result)
-        result = {} if due(cfg, cfg.log_every, step) else result
+        log(cfg, state, step, loss=loss, grad_norm=grad_norm, **state["found"])
+        state["found"] = {} if due(cfg, cfg.log_every, step) else state["found"]
     return networks
 
 def sample(cfg):

@@ -393,7 +393,7 @@ def train(cfg):
     vae, encoder = load_vae(cfg.vae, device), load_teacher(cfg, device)
     data = load_images(cfg, device)
     width = encoder.dim if encoder else 0
-    torch.manual_seed(cfg.seed)  # load_teacher drew numbers: weights start alike without
+    torch.manual_seed(cfg.seed)  # load_teacher drew numbers; alike without a teacher
     model = build(cfg, data.classes, width).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped
     opt = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.999), weight_decay=0, fused=True)

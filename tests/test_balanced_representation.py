@@ -593,3 +593,24 @@ def test_two_ranks_train_as_one_sample_as_one_and_stop_together(launch, same_on_
     launch(script, *SMALL, "--out", "odd", "--batch-size", "7", ranks=2,
            fails="divisible by the 2 ranks")
     assert not Path("odd").exists()
+
+
+def test_a_measurement_that_was_not_logged_yet_outlives_a_kill(tmp_path, monkeypatch, no_pictures):
+    flags = [*SMALL, "--few-steps", "0", "--sample-every", "2", "--save-every", "2",
+             "--log-every", "3", "--out", str(tmp_path)]
+    calls, own = [], script.paper_loss
+
+    def killed(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise InterruptedError
+        return own(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "paper_loss", killed)
+        with pytest.raises(InterruptedError):
+            script.main(flags)
+    script.main(flags)
+    lines = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [3, 6]
+    assert all("mse_test" in row for row in lines)
