@@ -795,6 +795,17 @@ def test_copied_features_surprise_by_motion_only_and_pixel_errors_are_squares():
     assert torch.allclose(tokens[1, 5 * 3 + 2, 1 * 8 + 2], block)
     assert torch.allclose(claim.pixel_error(still, pixels, 2, 4, 2), torch.full((4,), 0.25))
 
+    class Last(script.WorldModel):
+        def predict(self, context, N):  # the last context frame, after the LayerNorm
+            z = script.plain_norm(self.target(context))
+            return z[:, -3:].repeat(1, (N - z.shape[1]) // 3, 1)
+
+    last = Last(codec, None, (8, 3, 1))
+    assert claim.latent_error(still, last, 2, 4, 1).abs().max() < 1e-6
+    z = script.plain_norm(codec(video)).unflatten(1, (8, 3))  # windows of frames 0-3 and 4-7
+    by_hand = [(z[:, [k + 2, k + 3]] - z[:, k + 1:k + 2]).abs().mean((1, 2, 3)) for k in (0, 4)]
+    assert torch.allclose(claim.latent_error(video, last, 2, 4, 4), sum(by_hand) / 2, atol=1e-6)
+
 
 def test_frozen_tokens_are_the_channels_of_the_frames():
     video = bouncing_balls(4, 8, 16, 0).videos.float() / 127.5 - 1
@@ -847,6 +858,8 @@ def test_tables_verdicts_and_figure_of_the_claim_from_a_made_up_record(monkeypat
         "windows": {("frozen", name): score for name in ["4/8/1", *claim.WINDOWS, "4/8/1 token"]},
         "guidance": {("frozen", name): found for name in arms}
         | {("frozen", f"{name}, 4"): four for name in ("none", "0.01 target")}}
+    brief = claim.tables({k: out[k] for k in ("violations", "health")}, ("frozen",))
+    assert list(brief) == [("violations", "frozen")]  # preset long
     rows = claim.tables(out, ("frozen",))
     reward = rows["reward", "Euler, frozen"]
     assert reward["residual_16"] < reward["residual_4"] < reward["residual_1"]  # smaller k first

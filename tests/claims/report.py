@@ -21,16 +21,16 @@ from common import fail
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def open_report(script, doc, argv=None, also=()):
+def open_report(script, doc, argv=None, also=(), presets=("cpu", "gpu")):
     """Command line and state of a claim: a dict with script, preset, device, seconds, rows, claims.
 
-    Flags: --preset cpu or gpu, --out for the arms, --results for JSON and PNG, --device, --reuse.
+    Flags: --preset (one of presets), --out for arms, --results for JSON and PNG, --device, --reuse.
     also: further files whose change makes the arms other code's.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu"), help="the size [cpu]")
+    parser.add_argument("--preset", default="cpu", choices=presets, help="the size [cpu]")
     parser.add_argument("--out", default="", help="the arms [runs/claims/<script>-<preset>]")
     parser.add_argument("--results", default="results", help="JSON and figure [results]")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
