@@ -576,13 +576,13 @@ def train(cfg):
             return jepa_loss(world_net, x, visible, float(world.tiny))
     first = dataclasses.replace(cfg, out=f"{cfg.out}/generator", steps=cfg.generator_steps)
     setup(first, "steps")
-    train_stage(first, model, 0.0, generator_loss, (ema, model), ema=ema, codec=codec)
+    train_stage(first, model, 0.0, generator_loss, (ema, model), generator=ema, codec=codec)
     train_stage(cfg, world, 0.04, world_loss, world.tiny and (world.target, world.encoder),
                 lambda path: show_rows(ema, codec, world, cfg, device, path), ema=ema, codec=codec)
 
 def sample(cfg):
     """Continue cfg.n held-out clips with the networks of the checkpoint cfg.sample."""
-    device, saved = setup(cfg), load_checkpoint(cfg.sample)
+    device, saved = setup(cfg), load_checkpoint(cfg.sample, "ema")
     if not cfg.weights and cfg.world != (own := saved["config"]["world"]):
         fail(f"--world {cfg.world}: the world model of {cfg.sample} is {own}")
     codec = FrozenCodes(cfg.image_size, cfg.components)

@@ -578,11 +578,11 @@ def frames_of(path):
 
 
 @pytest.mark.parametrize("world", [[], TINY], ids=["frozen", "tiny"])
-def test_end_to_end_writes_stages_metrics_and_pictures(world):
+def test_end_to_end_writes_stages_metrics_and_pictures(world, refuses):
     script.main(SMALL + world + ["--out", "run"])
     stage, last = load_checkpoint("run/generator/last.pt"), load_checkpoint("run/last.pt")
     assert stage["step"] == 3 and last["step"] == 4
-    for name, w in stage["ema"].items():  # what sampling needs is in the last stage's file
+    for name, w in stage["generator"].items():  # what sampling needs is in the last stage's file
         assert torch.equal(w, last["ema"][name])
     lines = [json.loads(x) for x in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
@@ -594,6 +594,7 @@ def test_end_to_end_writes_stages_metrics_and_pictures(world):
         for k, w in last["model"].items() if k.startswith("target.")
     ]
     assert any(moved) is bool(world)  # an EMA of what is trained, or the same
+    refuses(lambda: script.main(["--sample", "run/generator/last.pt"]), "generator/last.pt", "ema")
 
 
 @pytest.mark.parametrize("world, tokens", [([], 4 * 3), (TINY, 2 * 16)], ids=["frozen", "tiny"])
