@@ -15,8 +15,8 @@ from tests.claims import table as claim_table
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n?(?:sh|bash)?\n(.*?)```", README, re.S)
-KEY = r"<!-- (\w+)_(cpu|gpu); ([^;>]+); ([^;>]+); ([\w.]+) -->"
-RESULTS = [p for p in sorted((ROOT / "results").glob("*_?pu.json")) if "benchmark" not in p.name]
+KEY = r"<!-- (\w+)_(cpu|gpu|long); ([^;>]+); ([^;>]+); ([\w.]+) -->"
+RESULTS = [p for p in sorted((ROOT / "results").glob("*_*.json")) if "benchmark" not in p.name]
 CELLS = re.findall(KEY + r"(-?[\d.]+(?: ± [\d.]+)?|not measured)", README)
 
 

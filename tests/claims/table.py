@@ -73,7 +73,8 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "unified": "images/fd: unified mog | specific mog | unified U-Net"},
     "vjepa_guidance": {
         "violations": "teleport: frozen & jitter: frozen & upwards: frozen & stop: frozen & "
-                      "freeze: frozen & through: frozen & reversed: frozen",
+                      "freeze: frozen | frozen, L1 & through: frozen | frozen, L1 & "
+                      "reversed: frozen | frozen, L1",
         "reward": "residual_16: Euler, frozen | Euler, copy-last | Euler, pixel | Euler, random | "
                   "Euler, oracle",
         "speed": "rho_partial: Euler (frozen) | refined (frozen)",
@@ -169,9 +170,9 @@ def numbers(report, claim):
     return ". ".join(parts), sorted(seeds)
 
 
-def reports(folder):
-    """What folder/*_cpu.json and *_gpu.json hold, those of claims; a benchmark makes none."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*_[cg]pu.json"))]
+def reports(folder, pattern="*_[cg]pu.json"):
+    """What the JSON files of claims in folder hold; a benchmark makes none."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
     return [report for report in found if "claims" in report]
 
 
@@ -195,7 +196,7 @@ def counts(folder):
 
 
 def table(folder):
-    """Markdown text of all claims in folder/*_cpu.json and *_gpu.json."""
+    """Markdown text of all claims in folder; those of a preset long repeat some, longer trained."""
     lines = ["# Claims", "", "Written by `python -m tests.claims.table` from the JSON files here. "
              "What counts as agreeing, and what each", "arm and number is, stands in the docstrings"
              " of [tests/claims/](../tests/claims). Mean ± std over seeds.", "",
@@ -203,7 +204,7 @@ def table(folder):
              "between arms, not that the", "paper's number is reproduced; *partly*: some of its "
              "conditions hold; *not resolved*: a difference within the noise,", "or a precondition "
              "that failed. The numbers are a selection.", "", counts(folder)]
-    for report in reports(folder):
+    for report in reports(folder, "*.json"):
         name, preset = report["script"], report["preset"]
         lines += ["", f"## {name}, {preset} preset", "",
                   f"[Rules](../tests/claims/{name}.py), [numbers]({name}_{preset}.json), "

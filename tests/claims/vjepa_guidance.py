@@ -554,25 +554,38 @@ def judge_claims(report, worlds):
     conclude(report, "windows", "57.1 to 60.8 points whatever the window", judge(ok))
 
 
+def mean(report, table, name, k):
+    """Mean of a metric over the seeds, nan if one of them lacks it."""
+    runs = report["done"][table, name].values()
+    return sum(run.get(k, math.nan) for run in runs) / len(runs)
+
+
+def draw_violations(ax, report, names):
+    """Share of clips that surprise less than their broken version, a bar a row of the table."""
+    laws = [*BROKEN, "reversed"]
+    for i, name in enumerate(names):
+        shares = [mean(report, "violations", name, law) for law in laws]
+        ax.barh([k + 0.4 * i for k in range(len(laws))], shares, 0.4, label=name)
+    ax.set(yticks=range(len(laws)), yticklabels=laws, xlim=(0, 1), title="more surprising")
+    for share in (0.5, 0.9):
+        ax.axvline(share, color="0.5", lw=0.8)
+
+
 def draw_figure(report, worlds):
     """Violations; residual and speed against N for each reward; guidance against its length."""
-    def mean(table, name, k):
-        runs = report["done"][table, name].values()
-        return sum(run.get(k, math.nan) for run in runs) / len(runs)
-
+    if ("samples", "real") not in report["done"]:  # preset long
+        with figure(f"{report['path']}.png", size=(4.0, 3.0)) as axes:
+            draw_violations(axes[0, 0], report, ["frozen", "frozen, L1"])
+            axes[0, 0].legend(fontsize=7, loc="lower left")
+        return
     with figure(f"{report['path']}.png", 1, 5, (2.9, 2.6)) as axes:
-        ax, laws, counts = axes[0, 0], [*BROKEN, "reversed"], (1, 2, 4, 8, 16)
-        for i, w in enumerate(worlds):
-            shares = [mean("violations", w, law) for law in laws]
-            ax.barh([k + 0.4 * i for k in range(len(laws))], shares, 0.4, label=w)
-        ax.set(yticks=range(len(laws)), yticklabels=laws, xlim=(0, 1), title="more surprising")
-        for share in (0.5, 0.9):
-            ax.axvline(share, color="0.5", lw=0.8)
+        draw_violations(axes[0, 0], report, worlds)
+        counts = 1, 2, 4, 8, 16
         shown = ("Euler", "residual"), ("refined", "residual"), ("refined", "speed")
         for ax, (kind, k) in zip(axes[0, 1:], shown):
             for name in (*worlds, *REWARDS):
                 words = f"surprise ({name})" if name in worlds else name
-                heights = [mean("reward", f"{kind}, {name}", f"{k}_{n}") for n in counts]
+                heights = [mean(report, "reward", f"{kind}, {name}", f"{k}_{n}") for n in counts]
                 ax.plot(counts, heights, "o-", ms=3, label=words)
             ax.set(xscale="log", title=f"{k} of {kind} against N", xticks=counts, ylim=(0, None),
                    xticklabels=counts)
@@ -580,11 +593,11 @@ def draw_figure(report, worlds):
         axes[0, 1].legend(fontsize=6)
         ax, w = axes[0, 4], worlds[-1]
         for k, style in ("surprise", "o-"), ("residual", "x--"), ("speed", "s:"):
-            base = mean("guidance", f"none ({w})", k)
-            ratio = [mean("guidance", f"{eta} target ({w})", k) / base for eta in ETAS]
+            base = mean(report, "guidance", f"none ({w})", k)
+            ratio = [mean(report, "guidance", f"{e} target ({w})", k) / base for e in ETAS]
             ax.plot(ETAS, ratio, style, color="C0", ms=3, label=f"{k}, target")
             for path, colour in zip(PATHS[1:], ("C1", "C2")):
-                ratio = mean("guidance", f"0.01 {path} ({w})", k) / base
+                ratio = mean(report, "guidance", f"0.01 {path} ({w})", k) / base
                 ax.plot(0.01, ratio, style[0], color=colour, ms=4, label=f"{k}, {path}")
         ax.set(xscale="log", title=f"guided / not, by eta ({w})", xticks=ETAS, xticklabels=ETAS)
         ax.minorticks_off()
@@ -632,7 +645,7 @@ def main(argv=None):
             row = {k: v for k, v in row.items() if k in kept[table, name]}
             arm(report, table, name, seed, lambda folder, row=row: row)
     judge_claims(report, worlds)
-    draw_figure(report, worlds) if preset != "long" else None
+    draw_figure(report, worlds)
 
 
 if __name__ == "__main__":
