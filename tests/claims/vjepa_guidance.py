@@ -1,6 +1,6 @@
 """What does a world model's surprise measure, and does choosing by it give better physics?
 
-    python -m tests.claims.vjepa_guidance                  # 14 minutes, 2 CPU cores
+    python -m tests.claims.vjepa_guidance                  # 14 to 29 minutes, 2 CPU cores
     python -m tests.claims.vjepa_guidance --preset long    # violations alone, 80,000 steps, 70 min
     python -m tests.claims.vjepa_guidance --preset gpu     # V-JEPA 2 trained in place, too; 3 seeds
 
