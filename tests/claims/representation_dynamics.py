@@ -1,6 +1,6 @@
 """When a denoiser's features are good: noise level, class structure, memorisation, weight sharing.
 
-    python -m tests.claims.representation_dynamics                  # 15 minutes, 2 CPU cores
+    python -m tests.claims.representation_dynamics                  # cut to 15 minutes, not timed
     python -m tests.claims.representation_dynamics --preset gpu     # images: CIFAR-10, 3 seeds
 
 What the paper reports (arXiv:2502.05743v4) and what counts as agreeing, stated before the run:
