@@ -64,7 +64,7 @@ one seed; of ranks 10 and 2 the peaks lay within .3 % of each other; ensemble ga
 .010. The probe on training images had not been tried. A run by these rules (7f43f72) with all 2,000
 steps of the default run took half an hour beside tests: images contradicted (N = 64: peaks at .002
 and .14, all: .008 and .023), ensemble partly, all others as in the paper but relaxed. 1,500 steps
-make it end within 15 minutes; nothing else was changed.
+are to make it end within 15; nothing else was changed.
 
 snr_<sigma>, acc_<sigma>  one level (0_14: 0.14)    peak, at  maximum and its level (parabola)
 own_<sigma>               accuracy of the probe on training images    level  where it is highest
