@@ -1,7 +1,7 @@
 """What does a world model's surprise measure, and does choosing by it give better physics?
 
     python -m tests.claims.vjepa_guidance                  # 14 to 29 minutes, 2 CPU cores
-    python -m tests.claims.vjepa_guidance --preset long    # violations alone, 80,000 steps, 70 min
+    python -m tests.claims.vjepa_guidance --preset long    # violations alone, 160,000 steps
     python -m tests.claims.vjepa_guidance --preset gpu     # V-JEPA 2 trained in place, too; 3 seeds
 
 What the papers report (WMReward, arXiv:2601.10553v2; V-JEPA 2) and what counts as agreeing, stated
@@ -90,7 +90,7 @@ SEEDS = {"cpu": (0, 1), "long": (0, 1), "gpu": (0, 1, 2)}
 WORLDS = {"cpu": ("frozen",), "long": ("frozen",), "gpu": ("frozen", "tiny")}
 FLAGS = {
     "cpu": ["--steps", 11_000, "--sample-every", 11_000, "--best-of", 1, "--n", 3],
-    "long": ["--steps", 80_000, "--sample-every", 80_000, "--clips", 32_000, "--best-of", 1,
+    "long": ["--steps", 160_000, "--sample-every", 160_000, "--clips", 64_000, "--best-of", 1,
              "--n", 3, "--generator-steps", 100],
     "gpu": ["--preset", "gpu"]}
 WORLD_FLAGS = {  # in the gpu preset; the generator of `frozen` serves both
