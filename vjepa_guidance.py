@@ -463,7 +463,7 @@ def health(world, video, tracks, S, W):
     x, y = torch.cat([x[:, :-1], x[:, 1:]], 2), y[:, :-1]  # (B, T - 1, 2 H W D), (B, T - 1, 4)
     x, y = x - x[:half].mean((0, 1)), y - y[:half].mean((0, 1))
     (x, x_new), (y, y_new) = ([w[:half].flatten(0, 1), w[half:].flatten(0, 1)] for w in (x, y))
-    K = x @ x.T * (1 + 0.001 * torch.eye(len(x)).to(x))
+    K = x @ x.T * (1 + 0.1 * torch.eye(len(x)).to(x))
     r2 = 1 - (x_new @ x.T @ torch.linalg.solve(K, y) - y_new).square().mean(0) / y_new.var(0)
     order = torch.randperm(video.shape[2], generator=torch.Generator().manual_seed(0))
     numbers = (z.std(0).mean(), (-p * p.log()).sum().exp(), S(video).mean(),
@@ -515,7 +515,7 @@ def build(cfg, codec):
 def show_rows(net, codec, world, cfg, device, path):
     """Continue cfg.n held-out clips. GIF: a row a clip, real | one sample | guided | best of N |
     best of N guided; PNG: the frames of clip 2, a row each. Returns the world model's health."""
-    clips, parts = bouncing_balls(cfg.n + 128, cfg.frames, cfg.image_size, 1, cfg.texture), []
+    clips, parts = bouncing_balls(cfg.n + 256, cfg.frames, cfg.image_size, 1, cfg.texture), []
     videos, y = clips.videos.to(device).float() / 127.5 - 1, clips.labels.to(device)
     S = lambda video: surprise(video, world, cfg.C, cfg.W, cfg.stride, cfg.cos, cfg.grad)
     for index, generator in shares(cfg.n, 100, cfg.seed):

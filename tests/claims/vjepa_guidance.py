@@ -286,9 +286,9 @@ def run_seed(preset, seed, folder, device):
     for w, world in worlds.items():
         S = functools.partial(script.surprise, world=world, C=cfg.C, W=cfg.W, stride=cfg.stride)
         parts = functools.partial(in_parts, lambda x, S=S: S(x.to(device)))
-        tracks = clips.tracks.to(device)
-        out["health"][w] = script.health(world, real, tracks, lambda x: parts(x).to(device), cfg.W)
         pairs = balls(PAIRS, seed=mix(3, seed))
+        seen, tracks = pairs.videos.to(device).float() / 127.5 - 1, pairs.tracks.to(device)
+        out["health"][w] = script.health(world, seen, tracks, lambda x: parts(x).to(device), cfg.W)
         out["violations"][w] = violations(parts, pairs)
         L1 = functools.partial(latent_error, world=world, C=cfg.C, W=cfg.W, stride=cfg.stride)
         L1 = functools.partial(in_parts, lambda x, L1=L1: L1(x.to(device)))
