@@ -74,7 +74,7 @@ def setup(cfg, *fixed):
     if kind not in there:
         fail(f"--device {kind}: this machine has {', '.join(there)}")
     if cfg.batch_size % WORLD and not cfg.sample:
-        fail(f"--batch-size {cfg.batch_size} must be divisible by the {WORLD} ranks")
+        fail(f"batch size {cfg.batch_size} must be divisible by the {WORLD} ranks")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
@@ -257,7 +257,7 @@ def load_images(cfg, device, split="all", limit=None):
             if cfg.skip_bad and RANK == 0:
                 print(f"left out {len(indices) - data.size} of {len(indices)} images of {cfg.data}")
     if split != "validation" and data.size < cfg.batch_size:
-        fail(f"--batch-size {cfg.batch_size} is larger than the {data.size} images of {cfg.data}")
+        fail(f"batch size {cfg.batch_size} is larger than the {data.size} images of {cfg.data}")
     return data
 
 def open_dataset(name, split):

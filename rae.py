@@ -453,14 +453,15 @@ def round_trip(encoder, decoder, x, cfg, device):
     x_hat = torch.cat([decode(decoder, part, cfg, device) for part in f.split(256)])
     return x_hat, 10 * (4 / (x_hat - x).square().flatten(1).mean(1)).log10().mean().item()
 
-def train_decoder(cfg, encoder, held_out, device):
+def train_decoder(cfg, encoder, data, held_out, device):
     """First stage, a run of its own in <out>/decoder or --decoder-dir: the decoder's EMA."""
     cfg = Config(**{name: getattr(cfg, name) for name in DECODER_FIELDS.split()},
                  out=cfg.decoder_dir or f"{cfg.out}/decoder", lr=cfg.decoder_lr,
                  fresh=cfg.fresh and not cfg.decoder_dir, batch_size=cfg.decoder_batch_size,
                  steps=cfg.decoder_steps, ema_decay=cfg.decoder_ema)
     setup(cfg, "steps")  # the learning rate depends on it
-    data = load_images(cfg, device, "train")
+    if data.images is None or data.size < cfg.batch_size:  # a stream has its own batch size
+        data = load_images(cfg, device, "train")  # or says that the set is too small
     lpips = load_lpips(device) if cfg.perceptual == "lpips" else None
     model = build_decoder(cfg, encoder.dim).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -533,14 +534,13 @@ def load_weak(cfg, latents, device):
 def train(cfg):
     device = setup(cfg, "steps")  # the learning rate depends on it
     encoder = load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
-    held_out = held_out_images(cfg, device)
+    data, held_out = load_images(cfg, device, "train"), held_out_images(cfg, device)
     shown = held_out[torch.arange(20) % len(held_out)]
-    data = load_images(cfg, device, "train")
     mean, std = latents = latent_statistics(encoder, data, cfg, device)  # (n,) each
     weak = load_weak(cfg, latents, device) if cfg.weak else None
     if cfg.fresh and RANK == 0:
         Path(cfg.out, "last.pt").unlink(missing_ok=True)  # the first stage comes before it
-    decoder = train_decoder(cfg, encoder, held_out, device)
+    decoder = train_decoder(cfg, encoder, data, held_out, device)
     torch.manual_seed(mix(cfg.seed, 1))  # whether or not the first stage has run just now
     model = build(cfg, encoder.dim, data.classes).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling; not compiled or wrapped

@@ -442,6 +442,17 @@ def test_first_stage_also_resumes_and_the_second_does_not_notice(
     assert [row["lr"] for row in lines("whole/decoder")] == pytest.approx(expected)
 
 
+def test_images_are_read_once_for_both_stages(small_data, monkeypatch, refuses):
+    asked = []
+    monkeypatch.setattr(script, "load_images", lambda cfg, device, split, *limit: asked.append(
+        split) or few_shapes(cfg, device, split))
+    script.main(SMALL)
+    assert sorted(asked) == ["train", "validation"]
+    monkeypatch.undo()  # the first stage has its own batch
+    large = SMALL + ["--decoder-batch-size", "50001", "--out", "large"]
+    refuses(lambda: script.main(large), "batch size 50001", "50000 images")
+
+
 def test_second_stage_normalises_drops_labels_shifts_and_clips(small_data, monkeypatch):
     asked = {"z": [], "y": [], "alpha": [], "clip": []}
 

@@ -242,9 +242,9 @@ def arranged(name, patch, noisy=None):
         put("load_images", load)
         if name == "pixels":
             put("load_encoder", lambda *args: Pixels(patch))
-            put("train_decoder", lambda cfg, encoder, held_out, device: Unpatch(patch).to(device))
+            put("train_decoder", lambda cfg, encoder, data, seen, device: Unpatch(patch).to(device))
         elif noisy:  # arms share it, and run side by side
-            put("train_decoder", lambda cfg, encoder, held_out, device: load_decoder(
+            put("train_decoder", lambda cfg, encoder, data, seen, device: load_decoder(
                 noisy, cfg, device))
         yield
 
@@ -299,7 +299,8 @@ def decoder_arm(preset, encoder, seed, folder, device, flags):
     device = setup(cfg)
     encoder = script.load_encoder(cfg.encoder, cfg.image_size // cfg.patch, "plain").to(device)
     with arranged("", cfg.patch), torch.enable_grad():
-        decoder = script.train_decoder(cfg, encoder, held_out(cfg, device, 256)[0], device)
+        data, (seen, _) = images(cfg.image_size, device, "train"), held_out(cfg, device, 256)
+        decoder = script.train_decoder(cfg, encoder, data, seen, device)
     x, _ = held_out(cfg, device, COUNT[preset])
     f = encode(encoder, x, cfg, device)
     noise = torch.randn(f.shape, generator=torch.Generator().manual_seed(1000)).to(device)
