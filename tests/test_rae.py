@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rae as script
-from common import load_checkpoint, load_encoder, shapes
+from common import load_checkpoint, load_encoder, load_images, shapes
 from tests.claims import rae as claim
 
 SMALL = """--device cpu --compile off --precision fp32 --image-size 8 --batch-size 20 --steps 4
@@ -448,7 +448,7 @@ def test_images_are_read_once_for_both_stages(small_data, monkeypatch, refuses):
         split) or few_shapes(cfg, device, split))
     script.main(SMALL)
     assert sorted(asked) == ["train", "validation"]
-    monkeypatch.undo()  # the first stage has its own batch
+    monkeypatch.setattr(script, "load_images", load_images)  # the first stage has its own batch
     large = SMALL + ["--decoder-batch-size", "50001", "--out", "large"]
     refuses(lambda: script.main(large), "batch size 50001", "50000 images")
 
