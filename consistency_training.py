@@ -11,8 +11,8 @@ Changed   one network for all, DDPM++ with a positional embedding (CT and iCT: N
           features); no LPIPS by default; editing with an orthogonal projector; mu(k) with N, not
           N - 1 (text, not code). ECT: where its t_lo is 0 (target x) it is eps here (target x
           + eps z, by the boundary condition), t_hi at least 2 eps; pseudo-Huber distance; eps
-          shifts coefficients in training, too; samples keep the correction; the start has ECT's
-          optimiser. float32 (TF32 on CUDA): bfloat16 rounds by more than the branches differ
+          shifts coefficients in training, too; samples keep the correction; ECT's settings for its
+          start, too. EMA ramps up. float32 (TF32 on CUDA): bf16 rounds more than branches differ
 Left out  consistency distillation; sCM and MeanFlow; NCSN++ resampling, ADM; ECT's repair of
           gradients that are not finite; editing by strokes, interpolation
 Notation  t     standard deviation of the noise: 0 is data. Smallest t_min (eps), largest t_max (T)
@@ -82,8 +82,8 @@ class Config:
     t_min: float = 0.002  # eps, where f is the identity
     t_max: float = 80.0  # T, where sampling starts
     sigma_data: float = 0.5  # standard deviation of the data, for the preconditioning
-    s0: int = 10  # points of the grid at the start (CT: 2)
-    s1: int = 40  # and at the end (CT: 150; iCT: 1280)
+    s0: int = 10  # steps between levels at the start (ct: 2 levels)
+    s1: int = 40  # and at the end (CT: 150; iCT: 1280), one more level than steps
     q: float = 2.0  # ECT: each stage divides t - r by it
     stages: int = 4  # ECT: equal parts of the steps (CIFAR-10: 8; one hour: 1, q = 256)
     diffusion_steps: int = 500  # ECT: steps of the diffusion model that it starts from
@@ -127,7 +127,7 @@ PRESETS = {
         sample_every=2000, channels=64, widths="64,128,128", blocks=2, s1=160, dropout=0.1,
         diffusion_steps=4000),
     "paper": PAPER,
-    "paper-ct": PAPER | dict(  # CT Tab. 3
+    "paper-ct": PAPER | dict(  # CT Tab. 3; it has no tau, so iCT's
         method="ct", metric="lpips", batch_size=512, steps=800_000, lr=4e-4, ema_decay=0.9999,
         dropout=0.0, target_ema=0.9, s0=2, s1=150),
     "paper-ect": PAPER | dict(  # 8 stages of 25,000; ECT starts from EDM's, 200 M images, here 50 M
@@ -259,7 +259,7 @@ class UNet(nn.Module):
 # ---- method ----------------------------------------------------------------------------
 
 def karras_grid(N, t_min=0.002, t_max=80.0, rho=7):
-    """N noise levels from t_min to t_max (CT App. C): float64 (N,), ascending, exact at both ends;
+    """N noise levels from t_min to t_max (CT Sec. 4): float64 (N,), ascending, exact at both ends;
     in float32 the first would miss t_min, and f the boundary condition."""
     u = torch.linspace(0, 1, N, dtype=torch.float64)
     t = (t_min**(1 / rho) + u * (t_max**(1 / rho) - t_min**(1 / rho)))**rho

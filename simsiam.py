@@ -1,14 +1,16 @@
 """SimSiam: two views of an image, one network, and a gradient that is stopped on one side.
 
 Paper     Chen, He. Exploring Simple Siamese Representation Learning. arXiv:2011.10566v1
-Here      Eq. 1 negative_cosine, Eq. 2-4 and Alg. 1 simsiam_loss, Sec. 3 SimSiam, App. A augment and
-          PRESETS, Fig. 2 (middle) embedding_std; not in the paper: effective_rank, token probe
+Here      Eq. 1 negative_cosine, Eq. 2-4 and Alg. 1 simsiam_loss, Sec. 3 SimSiam and preset paper,
+          App. A augment, App. D preset cifar10, Fig. 2 (middle) embedding_std; not in the paper:
+          effective_rank, token probe
 Changed   crops come from the centre square that common.py loads, already of side S, bilinear, and
           sides above 1 are cut; colour jitter in one order (brightness, contrast, saturation, hue
           as a turn about the grey axis), clipped once at the end; cosine decay per step; the last
           linear map before a BatchNorm has no bias (released code: frozen), the output BatchNorm
           no affine (as released); probes are least squares on at most 10,000 images, a monitor and
-          not the paper's linear evaluation; an EMA target (BYOL) ramps up to a constant decay
+          not the paper's linear evaluation; an EMA target (BYOL) ramps up to a constant decay;
+          images in [-1, 1], not normalised by ImageNet's mean; bf16 where the device is fast at it
 Left out  transfer to detection; warm-up for batches from 1024; cross-entropy similarity (Sec. 4.5)
           and moving-average targets per image (Sec. 5); synchronised BatchNorm without CUDA
 Notation  x1, x2  two views of an image, (B, 3, S, S)   f  backbone and projector; h  predictor
@@ -71,7 +73,7 @@ class Config:
     crop_min: float = 0.2  # smallest area of a crop, as a share of the image (App. A)
     jitter: float = 0.4  # brightness, contrast, saturation by 1 +- this, hue by this / 4 of a turn
     gray: float = 0.2  # share of views without colour (App. A)
-    blur: float = 0.0  # share of views blurred, sigma 0.1 to 2 pixels (App. A: 0.5; CIFAR: 0)
+    blur: float = 0.0  # share of views blurred, sigma 0.1 to 2 pixels (code: 0.5; CIFAR: 0)
     stop_grad: bool = True  # stop the gradient of the target branch (Sec. 4.1)
     target_ema: float = 0.0  # decay of the target's moving average; 0: shared weights; BYOL: 0.996
     predictor: bool = True  # the predictor MLP h (Sec. 4.2)
@@ -98,7 +100,7 @@ PRESETS = {
         data="torch/cifar10", batch_size=512, steps=77_600, lr=0.03, save_every=970,
         sample_every=970, backbone="resnet18", backbone_args='{"zero_init_last": true}',
         cifar_stem=True, dim=2048, compile="auto"),
-    "paper": dict(  # App. A: ResNet-50 on ImageNet, 100 epochs of 2502 steps
+    "paper": dict(  # Sec. 3: ResNet-50 on ImageNet, 100 epochs of 2502 steps
         data="data/imagenet", image_size=224, batch_size=512, steps=250_200, lr=0.05,
         save_every=2502, sample_every=12_510, backbone="resnet50",
         backbone_args='{"zero_init_last": true}', weight_decay=1e-4, projector_layers=3, dim=2048,
@@ -213,8 +215,8 @@ def simsiam_loss(online, target, x1, x2, stop_grad=True, symmetric=True):
 def embedding_std(z):
     """Standard deviation of z / |z| over the batch, mean of channels, times sqrt(d) (Sec. 4.1).
 
-    z (B, d); 0: all outputs equal, 1: as isotropic as a Gaussian. With BatchNorm on z it stays near
-    1 even if the outputs fall onto a line: see effective_rank.
+    z (B, d); 0: all outputs equal, 1: as isotropic as a Gaussian. With BatchNorm on z it can stay
+    near 1 when the outputs fall onto a line, if both signs are as frequent: see effective_rank.
     """
     return F.normalize(z.float()).std(0).mean() * z.shape[1]**0.5
 

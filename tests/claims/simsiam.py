@@ -12,8 +12,9 @@ collapse  Fig. 2, Tab. 1 and Sec. 4.2: ImageNet, 100 epochs, linear probe 67.7 w
           that of the full method and within 0.02 of -1, their effective rank is below half of the
           full one, and their probe below the full one; if the full probe is above the untrained
           backbone's at every seed, and on average within 5 points of the moving average's, or above
-          it. (BatchNorm keeps std sqrt(d) up: it is no criterion.) The paper's 67.7 decays the rate
-          of the predictor too; the constant one here gives 68.1 there.
+          it. (std sqrt(d), the paper's measure, is no criterion: with BatchNorm it can stay up on
+          a line.) The paper's 67.7 decays the rate of the predictor too; the constant one here
+          gives 68.1 there.
 teacher   No claim of the paper: the bar that this repository sets for assets/teacher.safetensors
           on held-out shapes. Agrees if the probe of its pooled features is 20 points above the
           untrained backbone's and above raw pixels', its token probe above the untrained one's,
