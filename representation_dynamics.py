@@ -3,18 +3,18 @@
 Paper     Li, Zhang, Li, Chen, Zhu, Wang, Qu. Understanding Representation Dynamics of Diffusion
           Models via Low-Dimensional Modeling. arXiv:2502.05743v4
           Karras et al. Elucidating the Design Space. arXiv:2206.00364v2 (EDM)
-Here      images, what this script trains: EDM denoise_edm, sample_edm, Sec. 5 activations,
+Here      images, what this script trains: EDM denoise_edm, sample_edm, Sec. 4 activations,
           logistic_probe, curve, Fig. 5 class_subspaces, Fig. 6 nearest_ratio; theory, for tests
           and claim only: Assumption 1 and Prop. 1 MoLRG (data, exact denoiser, trainable block
           model), Def. 1 snr, Theorem 1 class_confidence and snr_formula, memorising_denoiser
 Changed   D_t in class_confidence has the term of psi = delta^2 / (2 sigma^2 (delta^2 + sigma^2)),
           left out in the appendix: exact for its expectation; the gate of Prop. 1 in its form for
           orthogonal subspaces; MoLRG draws its classes in turn, as many points of each.
-          Images: a small U-Net, not DDPM++; input in EDM's scaling; the probe is fitted on
-          held-out images and tested on others, whatever the network was trained on (paper: on its
-          training set); a sample is memorised if its nearest training image is 3 times as near as
-          the next (authors: SSCD above 0.6); unimodal: up and down by two standard errors over test
-          images, the peak chosen by others of them; AdamW, constant rate
+          Images: a small U-Net, not DDPM++; EDM's noise law, weight and scaling (paper: those of
+          its VP configuration); probe and SNR are fitted on held-out images and tested on others
+          (paper: fitted on the training set); a sample is memorised if its nearest training image
+          is 3 times as near as the next (authors: SSCD above 0.6); unimodal: up and down by two
+          standard errors over test images, the peak chosen by others; AdamW, constant rate
 Left out  segmentation, transfer, FID, sliced Wasserstein distance, curves during over-training;
           weight sharing, ensembles, unequal subspaces: tests/claims/representation_dynamics.py
 Notation  sigma  standard deviation of the noise: 0 is data     x0   clean data
@@ -251,7 +251,7 @@ def class_confidence(sigma, d, K, delta):
 
 def snr_formula(sigma, d, K, delta, clean=False):
     """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
-    clean: x0 goes in without noise, as if it had sigma: then up to 7 times snr, near the peak."""
+    Near the peak up to 7 times snr. clean: x0 goes in without noise, as if it had sigma (twice)."""
     rate, dd = sigma.square() / delta**2, delta**2
     C_t = 1 / dd if clean else (1 + sigma.square()) / (dd + sigma.square())
     plus, minus = (1 + rate * ((1 - dd) * w + dd) for w in class_confidence(sigma, d, K, delta))

@@ -527,6 +527,37 @@ def test_unimodality_does_not_judge_a_maximum_by_the_noise_that_chose_it():
     assert sum(f["unimodal"] for f in found) < 0.05 * 400
 
 
+def test_claim_of_unlike_classes_has_the_gate_of_eq_5_or_the_posterior(monkeypatch):
+    monkeypatch.setattr(claim, "DENSE", [0.14, 0.3, 0.585])
+    arms = {(name, exact): claim.relaxed_arm(name, exact, 0, None, 4000)
+            for name in claim.RELAXED for exact in (False, True)}
+    for name in ("none", "angle 30"):  # of equal weight and volume: the gate is the posterior
+        assert arms[name, True] == pytest.approx(arms[name, False], rel=1e-9)
+    keys = [claim.key("snr", s) for s in claim.DENSE]
+    for name in claim.UNLIKE:
+        assert all(abs(arms[name, True][k] / arms[name, False][k] - 1) > 0.001 for k in keys)
+    # Prop. 1 written out for ranks 10 and 2, on draws of its own
+    torch.manual_seed(0)
+    double = torch.float64
+    Q = torch.linalg.qr(torch.randn(50, 12, dtype=double))[0]
+    U, dd = (Q[:, :10], Q[:, 10:]), 0.04
+    for sigma, k in zip(claim.DENSE, keys):
+        v, ratio = sigma**2, []
+        zeta, xi = 1 / (1 + v), dd / (dd + v)
+        for own in (0, 1):
+            a, b = U[own], U[1 - own]
+            x = torch.randn(20_000, a.shape[1], dtype=double) @ a.T
+            x = x + 0.2 * torch.randn(20_000, b.shape[1], dtype=double) @ b.T
+            x = x + sigma * torch.randn(x.shape, dtype=double)
+            energy = [(x @ u).square().sum(1) for u in U]
+            exponent = [(zeta * energy[i] + xi * energy[1 - i]) / (2 * v) for i in (0, 1)]
+            w = torch.stack(exponent, 1).softmax(1)
+            h = [xi + (zeta - xi) * w[:, i] for i in (0, 1)]  # gain of block i
+            kept = [(h[i] ** 2 * energy[i]).mean() for i in (0, 1)]
+            ratio.append(kept[own] / kept[1 - own])
+        assert arms["ranks 10 and 2", False][k] == pytest.approx(sum(ratio).item() / 2, rel=0.1)
+
+
 def test_claim_adds_the_errors_of_draws_and_of_points():
     g = torch.Generator().manual_seed(0)
     share = torch.tensor([0.5, 0.8, 0.4])

@@ -9,16 +9,21 @@ snr        Tab. 4, MoLRG with n = 50, d = 5, K = 2, delta = .2: 24.88 25.15 26.9
            4.05 1.57 at eight levels, from a trained network. Agrees if at every seed the exact
            denoiser is within 8 % of each and peaks between .2 and .4. Formula and clean input
            beside it.
-learned    Fig. 3, 14: the trained block model follows the theory. Agrees if for K = 2 and 3 at
+learned    Fig. 3: the trained block model follows the theory. Agrees if for K = 2 and 3 at
            every seed the subspace error is below 0.01 and the SNR within 10 % of the exact one at
            all levels. From random weights four of five runs end where blocks share classes: here
            blocks start as local principal directions of the data, without labels.
-relaxed    Tab. 4-6, Prop. 1 without its simplifications, in closed form: overlap lowers the peak
-           (58.3 -> 38.5 at 30 degrees) in the same place; of ranks 10 and 2 the higher peaks later
-           and higher; of weights .8 and .2 the larger class has the higher peak. The delta noise
-           spans what the other subspace has outside the own (Assumption 1: that subspace itself,
-           which at 30 degrees is not outside). Agrees if so at every seed and by more than the
-           spreads, "the same place" within a quarter of the level.
+relaxed    Tab. 4-6, classes that are not alike: overlap lowers the peak (58.3 -> 38.5 at 30
+           degrees) in the same place; of ranks 10 and 2 the higher peaks later (.585, .14) and
+           higher; of weights .8 and .2 the larger class has the higher peak. The paper trains its
+           network; here its formula with the true subspaces, whose gate (Eq. 5) knows neither the
+           classes' weights nor that their Gaussians differ in volume. "posterior": the exact
+           denoiser, which knows both. The delta noise spans what the other subspace has outside the
+           own (Assumption 1: that subspace itself, which at 30 degrees is not outside). Agrees if
+           so for the gate of Eq. 5, at every seed and by more than the spreads, "the same place"
+           within a quarter of the level. Until 7f43f72 the posterior was judged: rank 10 higher,
+           not later (both near .33). With Eq. 5 a pilot had .56 and .12, but classes of weights
+           .8 and .2 alike, as they must be; trained as in `learned`, 59.1 and 57.2, 59.1 and 58.2.
 probe      Fig. 3: accuracy on MoLRG is unimodal. Here n = 100, d = 5, K = 10, delta = .3, logistic
            regression on |h| of the exact denoiser. Agrees if with ten labels a class both inputs
            are unimodal (inner peak, two standard errors on both sides; error of the draws of
@@ -62,9 +67,9 @@ images, errors over test images alone and the peak chosen by the images that jud
 at .06, .011 +- .008. probe with ten draws and 2,000 test points was unimodal but for noisy input at
 one seed; of ranks 10 and 2 the peaks lay within .3 % of each other; ensemble gained .001, .007 and
 .010. The probe on training images had not been tried. A run by these rules (7f43f72) with all 2,000
-steps of the default run took half an hour beside tests: images contradicted (N = 64: peaks at .002
-and .14, all: .008 and .023), ensemble partly, all others as in the paper but relaxed. 1,500 steps
-are to make it end within 15; nothing else was changed.
+steps of the default run took half an hour beside tests: images contradicted (N = 64: peak at .585
+at both seeds, all: .008 and .023), ensemble partly, all others as in the paper but relaxed. 1,500
+steps are to make it end within 15; but for relaxed nothing else was changed.
 
 snr_<sigma>, acc_<sigma>  one level (0_14: 0.14)    peak, at  maximum and its level (parabola)
 own_<sigma>               accuracy of the probe on training images    level  where it is highest
@@ -94,6 +99,7 @@ TABLE_4 = (24.88, 25.15, 26.95, 35.84, 58.27, 20.84, 4.05, 1.57)
 PROBE = (0.01, 0.06, 0.14, 0.25, 0.35, 0.5, 0.7, 1.2, 2.5)
 DENSE = torch.logspace(-2, 0.5, 21).tolist()
 SHARING = (0.02, 0.06, 0.14, 0.296, 0.585)
+UNLIKE = ("ranks 10 and 2", "weights .8 and .2")  # where the gate of Eq. 5 is not the posterior
 RELAXED = {  # angle between the subspaces in degrees, their ranks, the classes' weights
     "none": (90, (5, 5), (0.5, 0.5)), "angle 30": (30, (5, 5), (0.5, 0.5)),
     "ranks 10 and 2": (90, (10, 2), (0.5, 0.5)), "weights .8 and .2": (90, (5, 5), (0.8, 0.2))}
@@ -207,8 +213,9 @@ def learned_arm(K, seed, folder):
                                         "subspace_error": subspace_error(model, truth)}
 
 
-def relaxed_arm(name, seed, folder, count=20_000):
-    """Posterior mean of the general mixture in closed form: SNR of each class, and of both.
+def relaxed_arm(name, exact, seed, folder, count=20_000):
+    """A mixture of two Gaussians, denoised by Prop. 1 or, exact, by the posterior mean: SNR of each
+    class, and of both.
 
     Subspaces at one principal angle; delta noise fills what the other one has outside the own.
     """
@@ -229,7 +236,9 @@ def relaxed_arm(name, seed, folder, count=20_000):
         laws = [torch.distributions.MultivariateNormal(eye[0] * 0, c) for c in noisy]
         for k in (0, 1):
             x = x0[k] + sigma * eps
-            w = torch.stack([law.log_prob(x) + math.log(p) for law, p in zip(laws, weights)], 1)
+            # up to a constant phi |U^T x|^2 + psi |Ut^T x|^2, the exponent of Eq. 5
+            w = torch.stack([law.log_prob(x) + (math.log(p) if exact else c.logdet() / 2)
+                             for law, p, c in zip(laws, weights, noisy)], 1)
             parts = [x @ torch.linalg.solve(a, c) for a, c in zip(noisy, C)]
             x0_hat = torch.einsum("bk,kbn->bn", w.softmax(1), torch.stack(parts))
             y = torch.zeros(count, dtype=torch.int64)
@@ -427,7 +436,9 @@ def run(report):
             arm(report, "learned", f"K = {K}", seed, part(learned_arm, K, seed))
         arm(report, "snr", "exact, K = 2, clean", seed, part(snr_arm, 2, True, False, seed))
         for name in RELAXED:
-            arm(report, "relaxed", name, seed, part(relaxed_arm, name, seed))
+            arm(report, "relaxed", name, seed, part(relaxed_arm, name, False, seed))
+        for name in UNLIKE:
+            arm(report, "relaxed", f"{name}, posterior", seed, part(relaxed_arm, name, True, seed))
         for name, clean, shots in (("noisy", False, 10), ("clean", True, 10),
                                    ("noisy, all labels", False, 200)):
             arm(report, "probe", name, seed, part(probe_arm, clean, shots, seed))
@@ -489,7 +500,7 @@ def judge_claims(report):
              verdict(ok))
     ok = {(K, m): max(get("learned", f"K = {K}", m)) < most
           for K in (2, 3) for m, most in (("subspace_error", 0.01), ("snr_error", 0.1))}
-    conclude(report, "learned", "the trained network follows the theory (Fig. 3, 14)", verdict(ok))
+    conclude(report, "learned", "the trained network follows the theory (Fig. 3)", verdict(ok))
     none, angle = (get("relaxed", name, "peak") for name in ("none", "angle 30"))
     place = zip(get("relaxed", "none", "at"), get("relaxed", "angle 30", "at"))
     same = all(abs(b / a - 1) < 0.25 for a, b in place)
@@ -554,7 +565,7 @@ def draw_figure(report):
         for name in ("K = 2", "K = 3"):
             draw(flat[0], "learned", name, "snr", SIGMAS, fmt="x", label=f"trained, {name}")
         flat[0].plot(SIGMAS, TABLE_4, "k.", label="paper, Tab. 4")
-        for name in RELAXED:
+        for name in [*RELAXED, *(f"{name}, posterior" for name in UNLIKE)]:
             draw(flat[1], "relaxed", name, "snr", DENSE)
         for name in ("noisy", "clean", "noisy, all labels"):
             draw(flat[2], "probe", name, "acc", PROBE)

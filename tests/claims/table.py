@@ -25,7 +25,7 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
     "representation_dynamics": {
         "snr": "snr_0_296: exact, K = 2 | formula, K = 2",
         "learned": "subspace_error: K = 2 | K = 3",
-        "relaxed": "peak: none | angle 30 | ranks 10 and 2 | weights .8 and .2",
+        "relaxed": "peak: none | angle 30 & at_1: ranks 10 and 2 & at_2: ranks 10 and 2",
         "probe": "peak: noisy | clean | noisy, all labels",
         "memorised": "rise: N = 60 | N = 600 | N = 6000 | exact",
         "images": "own_level: N 64 | N 512 | N 4096 | N all", "grain": "rise: N all & level: N all",
@@ -123,6 +123,7 @@ LABELS = {  # what a metric is; the docstring of the claim says it in full
     "near": "share of samples near the curve",
     "own_level": "noise level of the best probe, fitted on the network's own images",
     "peak": "highest SNR (in probe: accuracy)",
+    "at_1": "level of the peak, first class", "at_2": "the same, second class",
     "place_0.1": "cosine with the own token less the best of other places, t = 0.1",
     "position": "distance to the true continuation, pixels",
     "probe": "accuracy of a linear probe",
