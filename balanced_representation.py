@@ -4,15 +4,15 @@ Paper     Zhang, Li, Li, Shi, Wu, Tao, Qu. Generalization of Diffusion Models Ar
           Representation Space. arXiv:2512.20963v2
 Here      Eq. 6 paper_loss (notebook: code_loss); Thm. 3.1, Cor. 3.3-3.4 theory_weights (centred:
           signed_weights); Cor. 3.2 mem_weights; Sec. 4 spikiness, auroc; Eq. 11 sample_ddim
-Changed   Cor. 3.2's |x|^4 is the fourth power of the L2 norm; Cor. 3.3 prints S + sigma I for S +
-          sigma^2 I; the score is (f - x) / sigma^2, printed with the other sign; lambda enters
-          whole, not halved, as the results need. Images are centred (notebook: hand-picked), since
-          the theorem asks for negative cosines; then directions come as pairs of columns,
-          signed_weights, not in the paper. Samples come from closed-form weights at every level,
-          not from a network conditioned on sigma, and from sigma_max 80, not 2: f(c x) = c f(x), so
-          the noise sets their scale. One parameter is used twice, with double decay (notebook: two
-          over one storage, each with its own step). Participation ratio and L4 / L2 stand beside
-          std, which mixes spikiness with energy. float32 (TF32 on CUDA) for three digits; no EMA
+Changed   Cor. 3.3 prints S + sigma I for S + sigma^2 I; the score is (f - x) / sigma^2, printed
+          with the other sign. Images are centred, since the theorem asks for negative cosines; then
+          directions come as pairs of columns, signed_weights, not in the paper; they are cropped,
+          drawn by the seed, five picked greedily (notebook: squashed, the first, by hand). Samples
+          come from closed-form weights at every level, not from a network conditioned on sigma, and
+          from sigma_max 80, not 2: f(c x) = c f(x), so the noise sets their scale; concepts are
+          encoded at the level of the step, not at one of their own. One parameter is used twice,
+          with double decay (notebook: two over one storage, each with its own step). Participation
+          ratio and L4 / L2 stand beside std, which mixes spikiness with energy. float32; no EMA
 Left out  Stable Diffusion, DiT; Jacobian spectra; bounds on KL and risk; untied weights
 Notation  x      clean sample, (n, d)            W      W_1 = W_2, (d, p), one column a hidden unit
           y      x + sigma e, noisy              h      code relu(W^T y), (n, p)
@@ -324,7 +324,7 @@ def sample_ddim(weights, noise, levels, concept=None, a=0.0, generator=None):
     """Euler steps of the flow: x <- f + (sigma' / sigma) (x - f), f at the last. Like noise.
 
     weights  function of sigma: W (d, p)     noise (n, d) of variance 1; levels descending
-    concept  samples (m, d): f = W (h + a v), v the mean of their codes at the same level (Eq. 11)
+    concept  samples (m, d): f = W (h + a v), v the mean of their codes, here at sigma (Eq. 11)
     """
     x = levels[0] * noise
     for sigma, sigma_next in zip(levels, [*levels[1:], 0.0]):

@@ -379,7 +379,14 @@ def test_clip_leaves_the_share_of_noise_that_the_paper_s_grid_implies():
     noise = torch.randn(2000, 1, 1, 1)
     perfect = lambda z, t, y: x.expand_as(z)  # the data are one point: x_hat is exact
     z = script.sample_heun(perfect, noise, None, "x", 50, clip=0.05)
-    assert (z - x).std().item() == pytest.approx(0.016, abs=0.002)
+    share, dt = 1.0, 0.02  # of z - x, at first noise - x: ds/dt = -s / max(1 - t, 0.05)
+    slope = lambda s, i: -s / max(1 - i * dt, 0.05)
+    for i in range(49):
+        first = slope(share, i)
+        share += dt * (first + slope(share + dt * first, i + 1)) / 2
+    share += dt * slope(share, 49)
+    assert share == pytest.approx(0.0171, abs=1e-4)
+    assert torch.allclose(z - x, share * (noise - x), atol=1e-5)
     assert (script.sample_heun(perfect, noise, None, "x", 50, clip=1e-9) - x).abs().max() < 1e-5
 
 

@@ -8,7 +8,8 @@ What the paper reports (arXiv:2511.13720v1) and what counts as agreeing, stated 
 buried  Fig. 2: 2-D data turned into D dimensions, a ReLU MLP of width 256, v-loss. At D = 2 all
         three predictions work; at D = 512 only x does. Agrees if at D = 512, for every seed, x has
         verr < 3 and off < 0.1, v has verr > 100 and eps has verr > 1000, and at D = 2 x and v have
-        verr < 2.2 and eps, with its own loss, has near > 0.5.
+        verr < 2.2 and eps has near > 0.5 with the v-loss and with its own. (Up to bf379f7 the rule
+        asked it of its own alone, 0.64; with the v-loss, as in Fig. 2, it had 0.18.)
 nine    Tab. 2a at D = 512: the column (prediction) decides, not the row (loss). Agrees if those
         bounds hold in every row.
 high    Tab. 2a on images: a patch of 3p^2 = 768 numbers against width 128. Agrees if in every row
@@ -215,7 +216,8 @@ def judge_claims(report):
     ok = {k: inside("buried", f"D 512 {k}", k) for k in SPACES}
     ok["off"] = max(values(report, "buried", "D 512 x", "off")) < 0.1
     ok["D 2"] = all(max(values(report, "buried", f"D 2 {k}", "verr")) < 2.2 for k in "xv")
-    ok["eps"] &= min(values(report, "buried", "D 2 eps, eps-loss", "near")) > 0.5
+    for name in ("D 2 eps", "D 2 eps, eps-loss"):
+        ok[name] = min(values(report, "buried", name, "near")) > 0.5
     conclude(report, "buried", "all three work at D = 2, only x at D = 512 (Fig. 2)", verdict(ok))
     ok = {(s, k): inside("nine", f"{s}-loss {k}", k) for s in ("x", "eps") for k in SPACES}
     conclude(report, "nine", "the prediction decides, not the loss (Tab. 2a)", verdict(ok))
