@@ -12,8 +12,9 @@ Here      Eq. 8 repa_loss: L_REPA = -E 1/N sum_n sim(y_*[n], h_phi(h_t[n])), wit
 Changed   w_t = 2 sigma_t in the SDE (REPA prints sigma_t; its code and SiT's have 2); guidance on
           all channels (SiT: three of four); sampler state in float32 (authors: float64); bf16, not
           fp16; EMA with a ramp; the encoder's input is resized with antialiasing; latents are
-          encoded at every step. Default run: pixels instead of latents, and SimSiam on the same
-          images as the teacher; --pool averages a teacher's tokens where its grid is finer: 2 x 2
+          encoded at every step; --sample draws classes in turn (authors: at random). Default run:
+          pixels instead of latents, and SimSiam on the same images as the teacher; --pool averages
+          a teacher's tokens where its grid is finer: 2 x 2
 Left out  NT-Xent in place of the cosine, several encoders at once, encoders read before their last
           norm (MAE, CLIP: load_encoder's norm); the authors' cache of latents; probes, CKNNA and
           all comparisons: tests/claims/repa.py
@@ -132,7 +133,7 @@ PRESETS = {
         align_depth=4, projector_dim=2048, pool=1, guidance=1.8, guidance_high=0.7),
     "paper": PAPER,
     "paper-l": PAPER | dict(dim=1024, depth=24),
-    "paper-b": PAPER | dict(dim=768, depth=12, heads=12, align_depth=4),  # App. G; Tab. 6: 8, too
+    "paper-b": PAPER | dict(dim=768, depth=12, heads=12, align_depth=4),  # 8 in Tab. 6 is a slip
 }
 SAMPLING = ("sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high")
 
@@ -322,8 +323,8 @@ def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250,
     low, high  guidance acts for low <= t <= high: not at the noisiest times
     diffusion  2: SiT, and REPA's code; 1: as REPA prints it
     """
-    def v_hat(x, t):
-        guide = guidance if low <= t <= high else 1.0
+    def v_hat(x, t, start=None):  # start: t where the step begins
+        guide = guidance if low <= (t if start is None else start) <= high else 1.0
         return guided_v(net, x, x.new_full((len(x),), t), y, guide)
 
     def drift(x, t):  # for the linear path and diffusion = 2 it is (2 - t) v + x
@@ -346,7 +347,7 @@ def sample_flow(net, noise, y, path="linear", sampler="sde", sampling_steps=250,
     for t, t_next in zip(nodes, nodes[1:]):
         v = v_hat(x, t)
         if sampler == "heun" and t_next > 0:
-            v = (v + v_hat(x + (t_next - t) * v, t_next)) / 2
+            v = (v + v_hat(x + (t_next - t) * v, t_next, t)) / 2
         x = x + (t_next - t) * v  # Eq. 2
     return x
 

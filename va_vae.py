@@ -6,14 +6,14 @@ Paper     Yao, Yang, Wang. Reconstruction vs. Generation: Taming Optimization Di
 Here      Eq. 1 Tokenizer.project, 2-3 vf_loss, 4-5 adaptive_weight: train_tokenizer;
           LightningDiT, its direction loss lightning_loss, shift and interval sample_euler: train
 Changed   latents are sampled anew from the images at each step, not stored once; where flip is on,
-          channel_statistics sees mirrored images, too; the teacher's images have its mean and std
-          and are antialiased (code: [-1, 1], not); |v_hat| counts as at least 0.1 in the direction
-          loss: else the gradient at the start, v_hat = 0, is 1e8; centre crops (code: random in the
-          tokenizer); guidance on all channels (code: 3); the stages of the VF loss: one run, with
-          one Adam and one discriminator; an EMA of the tokenizer, but in paper*; narrow GroupNorms
-          have fewer than 32 groups; bfloat16 in the tokenizer, too; BatchNorm without averages;
-          rotation of channels (i, i + D / 2). Default: L1, no LPIPS (VGG is a download, the
-          classifier here judges, the teacher would train a plain tokenizer, too), no GAN
+          channel_statistics sees mirrored images, too; the teacher's images are resized bicubic,
+          antialiased, with its mean and std (code: bilinear, not, [-1, 1]); --sample draws classes
+          in turn (code: at random); |v_hat| counts as at least 0.1 in the direction loss: else 1e8
+          is the first gradient; centre crops (code: random in the tokenizer); guidance on all
+          channels (code: 3); the stages of the VF loss: one run, one Adam and discriminator; an EMA
+          of the tokenizer, but in paper*; narrow GroupNorms have fewer than 32 groups; bfloat16 in
+          the tokenizer, too; BatchNorm without averages; rotation of channels (i, i + D / 2).
+          Default: L1, no LPIPS (VGG is a download), no GAN
 Left out  projection of the teacher to the latent (not its default); the output variance that LDM's
           optimizer does not hold; dopri5; uniform t late in 800 epochs; teachers SAM and CLIP
 Notation  x   image, (B, 3, S, S) in [-1, 1]         z   latent, (B, d, h, w); *_hat  by a network
@@ -56,7 +56,7 @@ class Config:
     compile: str = "off"  # auto | on | off: of the transformer alone; no gain for short runs
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 16  # side S in pixels; larger images are cropped and resized
-    flip: bool = False  # mirror half of the images
+    flip: bool = False  # mirror half of the images, in the last stage only
     skip_bad: bool = False  # leave out images that cannot be read
     batch_size: int = 64  # images per step of the transformer, summed over all GPUs
     steps: int = 3000  # optimizer steps of the transformer
@@ -382,7 +382,7 @@ def vf_loss(z_prime, f, m1, m2, terms="both"):
     the teacher's and among each other, less margins. Scalar; outside autocast, in float32."""
     z, f = F.normalize(z_prime, dim=-1), F.normalize(f, dim=-1)
     mcos = F.relu(1 - m1 - (z * f).sum(-1)).mean()  # Eq. 2, mean over i
-    mdms = F.relu((z @ z.mT - f @ f.mT).abs() - m2).mean()  # Eq. 3, mean over i and j
+    mdms = F.relu((z @ z.mT - f @ f.mT).abs() - m2).mean()  # Eq. 3 prints z for z' here
     return {"both": mcos + mdms, "mcos": mcos, "mdms": mdms}[terms]
 
 def hinge_discriminator(real, fake):
@@ -458,7 +458,7 @@ def train_tokenizer(cfg, model, teacher, data, held_out, device):
     """First stage, a run of its own in <out>/tokenizer: the EMA of the tokenizer."""
     cfg = dataclasses.replace(
         cfg, out=f"{cfg.out}/tokenizer", batch_size=cfg.tokenizer_batch_size, compile="off",
-        steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr, ema_decay=cfg.tokenizer_ema)
+        steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr, ema_decay=cfg.tokenizer_ema, flip=False)
     setup(cfg, "steps")  # the stages of the VF loss depend on it
     data = load_images(cfg, device, "train") if data.images is None else data  # own batch size
     if data.size < cfg.batch_size:
