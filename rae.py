@@ -7,13 +7,13 @@ Here      decoder of f + sigma e, sigma ~ |N(0, tau^2)|: ViTDecoder, noisy_token
           |v_hat - (eps - z)|^2: latent_flow_loss; t <- alpha t / (1 + (alpha - 1) t): shift_time,
           alpha = sqrt(N n / 4096), default 1.6: shift_factor; euler_ode; AutoGuidance: guided_flow;
           error at least 1 - d / n of a transformer of width d < n: tests/claims/rae.py
-Changed   normalised queries and keys; rotary pairs (i, i + D / 2), a renaming; linear maps start as
-          Xavier's; one SiLU, not two, before the blocks of DiT^DH; LayerNorm of tokens with 1e-5
-          (DINOv2: 1e-6); mean and variance of latents per channel (released: per position, no
-          mean); alpha < 1 allowed; t not cut at 0.999, its law logit-normal (first code: uniform);
-          Euler ends at 0 (code: 0.0069). Decoder: AdamW 0.9, 0.95 (paper: Adam 0.5, 0.9); extra
-          token from N(0, 0.02^2) (0); output in [-1, 1], not the encoder's units; PatchGAN; 1e-4
-          for 1e-6 in the adaptive weight; no random crops; by default no LPIPS (a download), no GAN
+Changed   normalised queries and keys; rotary pairs (i, i + D / 2); linear maps start as Xavier's;
+          one SiLU, not two, before the blocks of DiT^DH; LayerNorm of tokens with 1e-5 (DINOv2:
+          1e-6); the encoder's input is resized with antialiasing; mean and variance of latents per
+          channel (released: per position, no mean); alpha < 1 allowed; t not cut at 0.999, its law
+          logit-normal (first code: uniform); Euler ends at 0, not 0.0069. Decoder: AdamW 0.9, 0.95
+          (paper: Adam 0.5, 0.9); extra token not 0; output in [-1, 1], not the encoder's units;
+          PatchGAN; 1e-4 for 1e-6 in the adaptive weight; no random crops; default: no LPIPS, no GAN
 Left out  the discriminator's heads on a frozen DINO-S/8, DiffAug; upsampling decoder; 512 pixels
 Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encoder, (B, N, n),
           z    f normalised by channel                       LayerNorm without weights at the end
@@ -476,6 +476,7 @@ def train_decoder(cfg, encoder, data, held_out, device):
         critic_net = parallel(critic, plain, device)
         state |= {"critic": critic, "critic_opt": critic_opt}
     state["found"] = {}  # the latest
+    rate = lambda e: min(e, 0.55 + 0.45 * math.cos(math.pi * (e - 1) / 15))  # of lr after e epochs
 
     for step in steps(cfg, state):
         x, _ = batch(data, cfg, device, step)  # (B, 3, S, S) in [-1, 1]
@@ -495,8 +496,7 @@ def train_decoder(cfg, encoder, data, held_out, device):
             loss = loss + w_gan * adversarial
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        lr = cfg.lr * min(1, epoch, 0.55 + 0.45 * math.cos(math.pi * epoch / 16))  # to a tenth
-        opt.param_groups[0]["lr"] = lr
+        opt.param_groups[0]["lr"] = lr = cfg.lr * rate(epoch)
         opt.step()
         opt.zero_grad()
         if cfg.gan and epoch > 6:
@@ -505,7 +505,7 @@ def train_decoder(cfg, encoder, data, held_out, device):
             with autocast(cfg, device):
                 hinge = hinge_discriminator(critic_net(x), critic_net(fake))
             hinge.backward()
-            critic_opt.param_groups[0]["lr"] = lr
+            critic_opt.param_groups[0]["lr"] = cfg.lr * rate(epoch - 6)  # warms up, too
             critic_opt.step()
             critic_opt.zero_grad()
         values |= {"adversarial": adversarial, "w_gan": w_gan, "hinge": hinge} if cfg.gan else {}

@@ -61,7 +61,7 @@ class Config:
     generator_steps: int = 4000  # optimizer steps of the first stage, the generator
     world: str = "frozen"  # frozen | tiny | official: E a frame PCA; V-JEPA 2; published weights
     weights: str = ""  # official: a .pt file, or vitl, vith, vitg or vitg-384 to download
-    weights_key: str = "target_encoder"  # target_encoder | encoder: the EMA or the online weights
+    weights_key: str = "target_encoder"  # target_encoder | encoder: EMA, or online, as WMReward has
     mask_index: int = 1  # which of the ten mask tokens: WMReward takes 1, training perhaps 0
     world_dim: int = 192  # width of E, six blocks (tiny)
     predictor_dim: int = 128  # width of P, four blocks
@@ -69,7 +69,7 @@ class Config:
     C: int = 4  # frames of context (paper: 8)
     W: int = 8  # frames of a window (paper: 16)
     stride: int = 1  # frames from one window to the next (paper: 8)
-    cos: str = "feature"  # feature | token: axis of the cosine, as in the paper or in its code
+    cos: str = "feature"  # feature | token: axis of the cosine; token: earlier versions of the code
     grad: str = "target"  # target | context | both: what the gradient of S goes through
     best_of: int = 8  # N candidates a clip (paper: 16 and 8)
     eta: float = 0.01  # length of a guidance step, a share of the latent's norm; 0: none

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from common import draw_balls, simulate_balls
 
 STEP, G = 1 / 15, 1.6  # of bouncing_balls
-V_MAX = (1.6**2 + 1.2**2 + 2 * G * 0.74) ** 0.5  # a ball that starts at the top, as fast as it may
+V_MAX = (1.6**2 + 1.2**2 + 2 * G * 0.74) ** 0.5  # of a ball alone; a hit may add to it, rarely
 
 
 # ---- tracker ---------------------------------------------------------------------------

@@ -163,13 +163,13 @@ def command(report, name, seed, folder, steps):
 # ---- encoders --------------------------------------------------------------------------
 
 
-def random_encoder(path, teacher, images, grid, part=250):
+def random_encoder(path, teacher, images, grid, part=250, seed=1000):
     """Write the teacher's network with random weights, as common.load_encoder reads it, its
     BatchNorms with the statistics of images, uint8 (n, 3, S, S), a part at a time, for that grid.
     """
     with safe_open(teacher, "pt") as f:
         about = {k: f.metadata()[k] for k in ("timm", "args", "mean", "std")}
-    torch.manual_seed(1000)
+    torch.manual_seed(seed)
     model = timm.create_model(about["timm"], num_classes=0, **json.loads(about["args"]))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save = lambda m: save_file({k: v.contiguous() for k, v in m.state_dict().items()}, path, about)

@@ -50,13 +50,14 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "widths": "images/fd: d 48 | d 96 | d 192", "head": "images/fd: d 96 | d 96 + head | d 192",
         "shifts": "images/fd: alpha 1 | d 192 | alpha 3 | alpha 6",
         "decoders": "images/fd_clean: d 192 & images/fd: d 192",
-        "encoders": "images/fd: d 192 | random | pixels",
+        "encoders": "images/fd: d 192 | pixels", "random": "images/fd: d 192 | random",
         "guidance": "fd: w 1.25 | w 1.5 | w 2"},
     "repa": {
         "teacher": "probe: teacher | random | pixels",
         "probe": "arms/probe: vanilla | REPA | iREPA | random | shuffled",
         "cknna": "arms/cknna: vanilla | REPA | iREPA | random | shuffled",
         "best": "arms/probe_4_0.1: vanilla | REPA | iREPA",
+        "judge": "arms/judge: vanilla | REPA",
         "alignment": "arms/aligned_0.1: REPA | iREPA | random | shuffled",
         "place": "arms/place_0.1: REPA | iREPA | shuffled",
         "shuffled": "arms/probe: vanilla | shuffled | REPA",
@@ -95,7 +96,8 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
 OWN = {  # no paper claims these: checks of this repository
     "consistency_training": {"shrink", "features"}, "simsiam": {"teacher"}, "va_vae": {"probe"},
     "representation_dynamics": {"grain"}, "vjepa_guidance": {"speed", "refine"},
-    "repa": {"alignment", "place", "shuffled", "random"}}
+    "rae": {"shift", "random"}, "moe_subspace": {"samples"},
+    "repa": {"judge", "alignment", "place", "shuffled", "random"}}
 WORDS = {"as in the paper": "holds", "contradicted": "does not hold"}  # verdicts of those
 LABELS = {  # what a metric is; the docstring of the claim says it in full
     "aligned_0.1": "cosine with the teacher's token above the mean answer's, t = 0.1",
@@ -136,6 +138,7 @@ LABELS = {  # what a metric is; the docstring of the claim says it in full
     "rho_partial": "rank correlation of surprise and residual, given speed",
     "rise": "peak over the value at low noise (in grain: less it)",
     "level": "noise level of the peak",
+    "judge": "CKNNA, agreement on nearest neighbours with the judge",
     "share": "share of samples in the larger mode, 0.8 is right",
     "share_shifted": "the same with the shift",
     "slope": "slope of log error over log N",
@@ -143,7 +146,7 @@ LABELS = {  # what a metric is; the docstring of the claim says it in full
     "std_ratio": "width of samples over that of the data",
     "subspace_error": "error of the learned subspaces",
     "sw_1": "sliced Wasserstein distance of one-step samples",
-    "teleports": "share of clips in which a ball jumps",
+    "teleports": "share of steps in which a ball jumps",
     "tv": "total variation of samples over that of real images",
     "verr": "squared velocity error, 2.0 is the minimum",
 }
