@@ -719,9 +719,9 @@ def test_token_net_is_bounded_by_its_width_and_freed_by_its_head():
 
 def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
     paths = [tmp_path / name for name in ("0", "0 again", "1")]
+    file, some = claim.ROOT / "assets/teacher.safetensors", shapes(20, 8, seed=1)[0]
     for path in paths:
-        claim.random_encoder(path, "assets/teacher.safetensors", shapes(20, 8, seed=1)[0], 2,
-                             seed=int(path.name[0]))
+        claim.random_encoder(path, file, some, 2, seed=int(path.name[0]))
     weights = [load_encoder(str(path), 2, "plain").state_dict() for path in paths]
     teacher = load_encoder("assets/teacher.safetensors", 2, "plain").state_dict()
     assert {k: w.shape for k, w in teacher.items()} == {k: w.shape for k, w in weights[0].items()}
