@@ -718,7 +718,7 @@ def test_token_net_is_bounded_by_its_width_and_freed_by_its_head():
 
 
 def test_random_encoder_has_the_teacher_s_shape_and_a_seed(tmp_path):
-    paths = [tmp_path / name for name in ("0", "0 again", "1")]
+    paths = [tmp_path / f"{name}.safetensors" for name in ("0", "0 again", "1")]
     file, some = claim.ROOT / "assets/teacher.safetensors", shapes(20, 8, seed=1)[0]
     for path in paths:
         claim.random_encoder(path, file, some, 2, seed=int(path.name[0]))
