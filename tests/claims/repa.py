@@ -30,8 +30,8 @@ do, contradicted if none does and more than half contradict, else not resolved.
 
 teacher    The precondition: the encoder's linear probe beats vanilla's best block at its best t and
            seed. If it does not, every other verdict is "not resolved".
-probe      Fig. 3, Tab. 7: the aligned block has better features, at every noise level (a run of
-           SiT-L/2 with REPA goes from 55 to 69 % on ImageNet). REPA above vanilla, at each t.
+probe      Fig. 3 (by layer), Tab. 7: the aligned block has better features, at every noise level
+           (a run of SiT-L/2 with REPA goes from 55 to 69 %). REPA above vanilla, at each t.
 cknna      Fig. 3: alignment with the encoder rises. REPA above vanilla at the aligned block, at
            each t.
 best       Fig. 3 has curves over blocks, and vanilla's peak lies deeper: REPA's best block above
