@@ -12,8 +12,8 @@ Changed   Cor. 3.3 prints S + sigma I for S + sigma^2 I; the score is (f - x) / 
           from sigma_max 80, not 2: f(c x) = c f(x), so the noise sets their scale; concepts are
           encoded at the level of the step, not at one of their own. One parameter is used twice,
           with double decay (notebook: two over one storage, each with its own step). Participation
-          ratio and L4 / L2 stand beside std, which mixes spikiness with energy. float32; no EMA
-Left out  Stable Diffusion, DiT; Jacobian spectra; bounds on KL and risk; untied weights
+          ratio and L4 / L2 stand beside std, which depends on energy, too. float32 (CUDA: TF32)
+Left out  EMA; Stable Diffusion, DiT; Jacobian spectra; bounds on KL and risk; untied weights
 Notation  x      clean sample, (n, d)            W      W_1 = W_2, (d, p), one column a hidden unit
           y      x + sigma e, noisy              h      code relu(W^T y), (n, p)
           S      X_k^T X_k / n_k of a cluster    U, s   its eigenvectors and eigenvalues

@@ -228,8 +228,8 @@ def load_images(cfg, device, split="all", limit=None):
     S, cuda = cfg.image_size, device.type == "cuda"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD  # each rank decodes
     memory = min(torch.cuda.mem_get_info()[1], memory) if cuda else memory
-    loader = functools.partial(DataLoader, num_workers=min(16, os.cpu_count()), pin_memory=cuda,
-                               generator=torch.Generator())  # leaves the step's own alone
+    loader = functools.partial(DataLoader, num_workers=min(16, -(-os.cpu_count() // WORLD)),
+                               pin_memory=cuda, generator=torch.Generator())  # not the step's own
     data = argparse.Namespace(classes=len(SHAPES), images=None)
     if cfg.data.partition(":")[0] == "shapes":
         kinds = cfg.data[7:].split(",") if ":" in cfg.data else SHAPES  # the others are left out

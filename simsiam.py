@@ -125,6 +125,9 @@ def crop(x, area_min, flip):
     grid, inside = F.affine_grid(theta, x.shape, align_corners=False), 1 - 1 / x.shape[-1]
     return F.grid_sample(x, grid.clamp(-inside, inside), align_corners=False)
 
+LUMA = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)  # every row makes grey
+AXIS = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0.0]]) / 3**0.5  # v -> grey axis x v
+
 def recolour(x, strength, gray):
     """Colour jitter on 80 % of the images, then no colour on a share `gray`: like x, in [-1, 1].
 
@@ -136,8 +139,7 @@ def recolour(x, strength, gray):
     u = on * (2 * torch.rand(n, 4, device=device) - 1)  # (B, 4)
     brightness, contrast, saturation = (1 + u[:, :3]).T[..., None, None]  # (B, 1, 1) each
     saturation = torch.where(torch.rand(n, 1, 1, device=device) < gray, 0.0, saturation)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)  # every row makes grey
-    axis = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0.0]], device=device) / 3**0.5
+    luma, axis = (m.to(device, non_blocking=True) for m in (LUMA, AXIS))
     angle = math.pi / 2 * u[:, 3, None, None]
     eye = torch.eye(3, device=device)
     turn = eye + angle.sin() * axis + (1 - angle.cos()) * axis @ axis  # Rodrigues, (B, 3, 3)
@@ -340,7 +342,8 @@ def train(cfg):
               {"params": [*model.predictor.parameters()]}]  # its rate stays constant (Sec. 4.2)
     rate = cfg.lr * cfg.batch_size / 256
     opt = torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=cfg.weight_decay)
-    online = parallel(model, cfg, device)
+    apart = {"compile": "off"} if WORLD > 1 and device.type == "cuda" else {}  # SyncBN breaks it
+    online = parallel(model, dataclasses.replace(cfg, **apart), device)
     state = {"model": model, "opt": opt} | ({"target": target} if target else {})
     state["found"] = {}  # the latest measurement
 

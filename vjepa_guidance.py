@@ -40,7 +40,7 @@ class Config:
     fresh: bool = False  # start over instead of continuing the run in the folder
     seed: int = 0  # of weights, data order, masks and noise
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | bf16 | fp32; S of a video is always float32
+    precision: str = "auto"  # auto | bf16 | fp32; S itself is always float32
     compile: str = "auto"  # auto | on | off; auto: with CUDA, or Linux and g++; takes a minute
     image_size: int = 32  # side of a frame in pixels
     batch_size: int = 16  # clips per step, summed over all GPUs
