@@ -20,7 +20,7 @@ Notation  x    image, (B, 3, S, S) in [-1, 1]         f      tokens of the encod
           eps  noise like z                           t      0 = data ... 1 = noise, float32 (B,)
           v    eps - z, the velocity                  alpha  factor of the odds t / (1 - t)
           y    class, int64 (B,); `classes` = none    sigma  of the decoder's noise, scale tau
-Run       python rae.py                      # accuracy 0.716 of the judge, 5 min, 2 CPU cores
+Run       python rae.py                      # accuracy 0.715 of the judge, 5 min, 2 CPU cores
           python rae.py --preset cifar10     # not measured
           torchrun --nproc-per-node 8 rae.py --preset paper --data <folder>         # not measured
           torchrun --nproc-per-node 8 -- rae.py --sample runs/rae-paper/last.pt --guidance 1.42 \\
