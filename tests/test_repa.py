@@ -557,8 +557,8 @@ def test_verdicts_need_a_teacher_that_knows_more(taught):
     words = {c["table"]: c["agrees"] for c in report["json"]["claims"]}
     first = words.pop("teacher")
     assert first == ("as in the paper" if taught == 0.9 else "contradicted")
-    assert set(words) == {"probe", "cknna", "best", "alignment", "place", "shuffled", "random",
-                          "fd", "irepa"}
+    assert set(words) == {"probe", "cknna", "best", "judge", "alignment", "place", "shuffled",
+                          "random", "fd", "irepa"}
     assert set(words.values()) == {"as in the paper" if taught == 0.9 else "not resolved"}
 
 
