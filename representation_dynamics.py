@@ -251,7 +251,7 @@ def class_confidence(sigma, d, K, delta):
 
 def snr_formula(sigma, d, K, delta, clean=False):
     """Theorem 1: denoising rate sigma^2 / delta^2 against class confidence. Like sigma, (S,).
-    Near the peak up to 7 times snr. clean: x0 goes in without noise, as if it had sigma (twice)."""
+    Near the peak up to 7 times snr. clean: x0 without noise goes in as if it had sigma."""
     rate, dd = sigma.square() / delta**2, delta**2
     C_t = 1 / dd if clean else (1 + sigma.square()) / (dd + sigma.square())
     plus, minus = (1 + rate * ((1 - dd) * w + dd) for w in class_confidence(sigma, d, K, delta))

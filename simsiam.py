@@ -51,7 +51,7 @@ class Config:
     seed: int = 0  # of weights, data order and views
     device: str = "auto"  # auto | cuda | mps | cpu
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 where the device is fast at it
-    compile: str = "off"  # auto | on | off; half a minute, and on a CPU no gain for convolutions
+    compile: str = "off"  # auto | on | off; on a CPU no gain; with several CUDA ranks always off
     data: str = "shapes"  # shapes | folder or .tar of class sub-folders | torch/... hfds/... (timm)
     image_size: int = 32  # side S in pixels; images are cropped to squares and resized
     flip: bool = True  # mirror half of the views
