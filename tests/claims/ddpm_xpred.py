@@ -1,6 +1,6 @@
 """Clean data lie on a thin manifold, noise and velocity do not: predict the clean image.
 
-    python -m tests.claims.ddpm_xpred                  # 13 minutes, 2 CPU cores
+    python -m tests.claims.ddpm_xpred                  # 13 to 20 minutes, 2 CPU cores
     python -m tests.claims.ddpm_xpred --preset gpu     # images: 10 times the steps, 3 seeds, FD
 
 What the paper reports (arXiv:2511.13720v1) and what counts as agreeing, stated before the run:

@@ -1,6 +1,6 @@
 """Aligning a diffusion transformer with a frozen encoder: its features, and its samples.
 
-    python -m tests.claims.repa                  # cut to 15 minutes, not timed; 2 seeds
+    python -m tests.claims.repa                  # 16 minutes, 2 slow CPU cores; 2 seeds
     python -m tests.claims.repa --preset gpu     # CIFAR-10: 3 seeds, FD along the run; needs
         # python simsiam.py --data torch/cifar10 --steps 20000 --out runs/teacher-cifar10
         # python -m tests.claims.judge --data torch/cifar10 --image-size 32

@@ -1,6 +1,6 @@
 """Does predict-and-perturb bring videos nearer to the law of motion, at equal compute?
 
-    python -m tests.claims.self_refine                  # cut to 15 minutes, not timed yet
+    python -m tests.claims.self_refine                  # 12 minutes, 2 slow CPU cores
     python -m tests.claims.self_refine --preset gpu     # pixels, 3 seeds, mask, shift, lengths: not
                                                         # run; more than 30 minutes on one GPU
 

@@ -32,10 +32,10 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "sharing": "mean: shared | separate",
         "ensemble": "gain: 0% wrong labels | 40% wrong labels | 80% wrong labels"},
     "self_refine": {
-        "sweep": "teleports: Euler 32 | t 0.2-0.4 K 5 | t 0-0.2 K 3",
-        "twice": "sweep/residual: Euler 60 | t 0.2-0.4 K 5",
+        "sweep": "teleports: Euler 32 | t 0.4-0.6 K 3 | t 0-0.2 K 3",
+        "twice": "sweep/residual: Euler 60 | t 0.4-0.6 K 3",
         "early": "sweep/teleports: Euler 32 | t 0-0.2 K 1 | t 0-0.2 K 3 | t 0-0.2 K 5",
-        "planner": "position: Euler 32 | t 0.2-0.4 K 5",
+        "planner": "position: Euler 32 | t 0.4-0.6 K 3",
         "modes": "entropy: Euler | 0.4-0.6:1 | 0.4-0.6:3 | 0.4-0.6:8 | 0-1:3",
         "frames": "change: T 1, t 0.2 | T 16, t 0.2 | T 1, t 0.4 | T 16, t 0.4"},
     "va_vae": {
