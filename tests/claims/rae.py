@@ -1,6 +1,6 @@
 """A frozen encoder's tokens are a wide latent: what a diffusion transformer needs to live in them.
 
-    python -m tests.claims.rae                  # 14 minutes, 2 CPU cores
+    python -m tests.claims.rae                  # 14 to 26 minutes, 2 CPU cores
     python -m tests.claims.rae --preset gpu     # 32 pixels, larger, three seeds; more than an hour
 
 What the paper reports (arXiv:2510.11690v1) and what counts as agreeing, stated before the run.
