@@ -1,6 +1,6 @@
 """More latent channels reconstruct better and generate worse, until the latent is aligned.
 
-    python -m tests.claims.va_vae                  # 7 minutes, 2 CPU cores
+    python -m tests.claims.va_vae                  # 7 to 18 minutes, 2 CPU cores
     python -m tests.claims.va_vae --preset gpu     # hours; needs the judge of that size:
                                                    # python -m tests.claims.judge --image-size 64
 
