@@ -1,6 +1,6 @@
 """Stop-gradient and predictor keep SimSiam from collapsing; and is the shipped teacher any good?
 
-    python -m tests.claims.simsiam                  # 7 minutes, 2 CPU cores
+    python -m tests.claims.simsiam                  # 7 to 17 minutes, 2 CPU cores
     python -m tests.claims.simsiam --preset gpu     # ResNet-18 on CIFAR-10, 50 epochs
 
 What the paper reports (arXiv:2011.10566v1) and what counts as agreeing, stated before the run:
