@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the rows lie elsewhere;
-    # several metrics: "metric: arm & metric: arm"
+    # several metrics: "metric: arm & metric: arm"; {best}: the arm that a claim says it chose
     "consistency_training": {
         "ring": "sw_1: iCT | ECT | CT, no EMA | CT | iCT, EMA target",
         "shrink": "ring/std_ratio: iCT, no stop-gradient | CT, no EMA, no stop-gradient",
@@ -32,10 +32,10 @@ SHOWN = {  # script: {claim: "metric: arm | arm"}; "table/metric: ..." where the
         "sharing": "mean: shared | separate",
         "ensemble": "gain: 0% wrong labels | 40% wrong labels | 80% wrong labels"},
     "self_refine": {
-        "sweep": "teleports: Euler 32 | t 0.4-0.6 K 3 | t 0-0.2 K 3",
-        "twice": "sweep/residual: Euler 60 | t 0.4-0.6 K 3",
+        "sweep": "teleports: Euler 32 | {best} | t 0-0.2 K 3",
+        "twice": "sweep/residual: Euler 60 | {best}",
         "early": "sweep/teleports: Euler 32 | t 0-0.2 K 1 | t 0-0.2 K 3 | t 0-0.2 K 5",
-        "planner": "position: Euler 32 | t 0.4-0.6 K 3",
+        "planner": "position: Euler 32 | {best}",
         "modes": "entropy: Euler | 0.4-0.6:1 | 0.4-0.6:3 | 0.4-0.6:8 | 0-1:3",
         "frames": "change: T 1, t 0.2 | T 16, t 0.2 | T 1, t 0.4 | T 16, t 0.4"},
     "va_vae": {
@@ -163,8 +163,9 @@ def numbers(report, claim):
     """`what it is: arm mean ± std; ...` of the rows that SHOWN names for a claim, and numbers
     of seeds; KeyError if there are none."""
     rows = {(row["table"], row["arm"]): row["metrics"] for row in report["rows"]}
+    best = "".join(c["claim"].partition("; best: ")[2] for c in report["claims"])
     parts, seeds = [], set()
-    for part in SHOWN[report["script"]][claim].split(" & "):
+    for part in SHOWN[report["script"]][claim].replace("{best}", best).split(" & "):
         where, arms = part.split(": ", 1)
         table, metric = where.split("/") if "/" in where else (claim, where)
         found = {arm: rows[table, arm][metric] for arm in arms.split(" | ")}
