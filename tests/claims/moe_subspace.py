@@ -504,24 +504,31 @@ def measure_latents(cfg, model, vae, frame, device, each=500):
         "fd_floor": frechet(statistics(judge, data.images[torch.cat(index)]), real)}
 
 
-def run_images(report):
+def run_images(report, pool):
     """The arms of images: experts on expert-specific VAEs and on the unified one; linear ones."""
-    small = report["args"].preset == "cpu"
+    small, jobs = report["args"].preset == "cpu", {}
     for seed in SEEDS:
         for vae in ("specific", "unified"):
             for expert, extra in LATENT.items():
-                measure = functools.partial(image_arm, report, vae, expert, extra, seed)
-                arm(report, "images", f"{vae} {expert}", seed, measure)
-        measure = functools.partial(image_arm, report, "specific", "softmax", SOFTMAX, seed)
-        arm(report, "images", "specific softmax", seed, measure)
+                jobs[f"{vae} {expert}", seed] = vae, expert, extra
+        jobs["specific softmax", seed] = "specific", "softmax", SOFTMAX
     for seed in SEEDS[:1] if small else SEEDS:
         for name, extra in LINEAR.items():
             if not small or name in SMALL_LINEAR:
-                measure = functools.partial(image_arm, report, "linear", name, extra, seed)
-                arm(report, "images", name, seed, measure)
+                jobs[name, seed] = "linear", name, extra
         for expert in ("mog", "gauss") if not small else ():
-            measure = functools.partial(image_arm, report, "clusters", expert, LATENT[expert], seed)
-            arm(report, "images", f"clusters {expert}", seed, measure)
+            jobs[f"clusters {expert}", seed] = "clusters", expert, LATENT[expert]
+    first = {}  # (VAE, seed): the arm that trains it; the others wait for that
+    for (name, seed), (vae, _, _) in jobs.items():
+        first.setdefault((vae, seed), name)
+    for wave in (True, False):
+        now = {(name, seed): job for (name, seed), job in jobs.items()
+               if (first[job[0], seed] == name) == wave}
+        files = {key: arm_file(report, "images", *key) for key in now}
+        todo = {key: pool.apply_async(attempt, (image_arm, report, *job, key[1], files[key].parent))
+                for key, job in now.items() if not files[key].exists()}
+        for key in now:
+            arm(report, "images", *key, lambda folder: todo[key].get())
 
 
 def draw_figure(report):
@@ -658,7 +665,9 @@ def main(argv=None):
     workers = min(8, len(os.sched_getaffinity(0)))  # cores of this process
     with mp.get_context("spawn").Pool(workers) as pool:
         run_union(report, pool)
-    run_images(report)
+    workers = workers if report["args"].preset == "cpu" else 1  # they share a GPU
+    with mp.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        run_images(report, pool)
     judge_claims(report)
     draw_figure(report)
 
