@@ -1,6 +1,6 @@
 """Consistency training: what the improvements buy, what stop-gradient prevents, what is learned.
 
-    python -m tests.claims.consistency_training                  # 11 minutes, 2 CPU cores
+    python -m tests.claims.consistency_training                  # 26 minutes, 2 slow CPU cores
     python -m tests.claims.consistency_training --preset gpu     # images: CIFAR-10, 3 seeds
 
 What the papers report and what counts as agreeing, stated before the run:

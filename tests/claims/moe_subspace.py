@@ -1,6 +1,6 @@
 """A union of subspaces has a score of gated, small experts: how exact, fast, small and good?
 
-    python -m tests.claims.moe_subspace                  # 19 minutes, 1 CPU core
+    python -m tests.claims.moe_subspace                  # 24 minutes, 2 slow CPU cores
     python -m tests.claims.moe_subspace --preset gpu     # images: 32 pixels, longer; D up to 4096
 
 What the paper reports (arXiv:2601.01475v1) and what counts as agreeing, stated before the run. It
