@@ -34,6 +34,7 @@ from PIL import Image
 
 import common
 from common import load_checkpoint
+from tests.claims.report import cpu_cores
 from tests.conftest import start, workers
 
 ROOT = Path(common.__file__).parent
@@ -256,7 +257,7 @@ def counted():
     report = {
         "command": "pytest -m slow tests/test_faults.py",
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none",
-        "device": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
+        "device": f"{platform.machine()} CPU, {cpu_cores()} cores",
         "torch": torch.__version__, "seconds": round(time.perf_counter() - start, 1),
         "tried": {f: sum(row["tried"] for row in rows if row["fault"] == f) for f in COUNTS},
         "rows": rows}

@@ -1,6 +1,6 @@
 """Few samples are stored and make a spiky code, many leave statistics and a balanced one.
 
-    python -m tests.claims.balanced_representation                  # 23 minutes, 2 slow CPU cores
+    python -m tests.claims.balanced_representation                  # 19 minutes, 2 slow CPU cores
     python -m tests.claims.balanced_representation --preset gpu     # 32 pixels, published 50k steps
 
 What the paper reports (arXiv:2512.20963v2) and what counts as agreeing, stated before the full run,

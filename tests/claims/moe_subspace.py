@@ -85,7 +85,6 @@ and 1,200 steps should agree.
 import functools
 import itertools
 import math
-import os
 from unittest import mock
 
 import torch
@@ -96,8 +95,8 @@ from torch import nn
 import moe_subspace as script
 from common import figure, load_checkpoint, load_images, setup, to_uint8
 from tests.claims.judge import accuracy, frechet, load_judge, parts, statistics
-from tests.claims.report import (arm, arm_file, attempt, conclude, exceeds, mean, open_report,
-                                 overall, values, verdict)
+from tests.claims.report import (arm, arm_file, attempt, conclude, cpu_cores, exceeds, mean,
+                                 open_report, overall, values, verdict)
 
 SEEDS = (0, 1, 2)
 K, d, MODES, TAU = 3, 4, 4, 0.3
@@ -662,7 +661,7 @@ def judge_images(report):
 def main(argv=None):
     report = open_report("moe_subspace", __doc__, argv, also=[
         f"assets/judge_shapes_{size}.safetensors" for size in (16, 32)])
-    workers = min(8, len(os.sched_getaffinity(0)))  # cores of this process
+    workers = min(8, cpu_cores())
     with mp.get_context("spawn").Pool(workers) as pool:
         run_union(report, pool)
     workers = workers if report["args"].preset == "cpu" else 1  # they share a GPU

@@ -64,7 +64,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 from pathlib import Path
 from unittest import mock
 
@@ -78,8 +77,8 @@ import rae as script
 from common import autocast, fail, figure, load_checkpoint, load_images, mix, setup, to_uint8
 from tests.claims.judge import accuracy, frechet, load_judge, parts, statistics
 from tests.claims.repa import random_encoder
-from tests.claims.report import (ROOT, arm, arm_file, attempt, conclude, exceeds, mean, open_report,
-                                 overall, values, verdict)
+from tests.claims.report import (ROOT, arm, arm_file, attempt, conclude, cpu_cores, exceeds, mean,
+                                 open_report, overall, values, verdict)
 
 SEEDS = {"cpu": (0, 1), "gpu": (0, 1, 2)}
 CHANNELS, TOKENS = 64, 16  # of `width`: numbers n in a token, tokens of the one image
@@ -641,7 +640,7 @@ def draw_figure(report):
 def main(argv=None):
     report = open_report("rae", __doc__, argv, also=[
         TEACHER, *(f"assets/judge_shapes_{size}.safetensors" for size in (16, 32))])
-    cores = min(2, len(os.sched_getaffinity(0)))  # one thread each
+    cores = min(2, cpu_cores())  # one thread each
     with mp.get_context("spawn").Pool(cores) as pool:
         run_exact(report, pool)
     with mp.get_context("spawn").Pool(cores if report["args"].preset == "cpu" else 1) as pool:

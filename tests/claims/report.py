@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -148,6 +149,11 @@ def attempt(work, *arguments):
         return work(*arguments)
     except SystemExit as error:  # a pool would start another worker and wait for ever
         raise RuntimeError(f"{work.__name__} ended with status {error.code}") from None
+
+
+def cpu_cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def write(report):

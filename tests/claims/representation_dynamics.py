@@ -80,7 +80,6 @@ import functools
 import itertools
 import json
 import math
-import os
 from unittest import mock
 
 import torch
@@ -90,8 +89,8 @@ from torch import nn
 
 import representation_dynamics as script
 from common import figure, load_checkpoint, setup
-from tests.claims.report import (arm, arm_file, attempt, conclude, exceeds, mean, open_report,
-                                 overall, values, verdict)
+from tests.claims.report import (arm, arm_file, attempt, conclude, cpu_cores, exceeds, mean,
+                                 open_report, overall, values, verdict)
 
 SEEDS = (0, 1, 2)
 SIGMAS = (0.008, 0.023, 0.06, 0.14, 0.296, 0.585, 1.088, 1.923)
@@ -461,7 +460,7 @@ def run_images(report):
     keys = [("images", f"N {N or 'all'}", seed, N) for seed in SEEDS for N in SUBSETS[args.preset]
             if not small or seed == 0 or (seed == 1 and N in (64, 0))]
     keys += [("grain", "N all", seed, 0) for seed in (SEEDS[:1] if small else SEEDS)]
-    cores = len(os.sched_getaffinity(0)) if small else 1
+    cores = cpu_cores() if small else 1
     threads = 1 if small else torch.get_num_threads()
     with mp.get_context("spawn").Pool(cores) as pool:
         todo = {}

@@ -67,7 +67,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import torch
@@ -77,8 +76,8 @@ import self_refine as script
 from common import (autocast, bouncing_balls, draw_balls, fail, figure, load_checkpoint, mix,
                     save_gif, save_grid, simulate_balls)
 from tests.claims import physics
-from tests.claims.report import (arm, arm_file, attempt, conclude, exceeds, mean, open_report,
-                                 overall, values)
+from tests.claims.report import (arm, arm_file, attempt, conclude, cpu_cores, exceeds, mean,
+                                 open_report, overall, values)
 
 CONDITIONS, NFE, DRAWS = 160, 32, 2000  # DRAWS: of a bootstrap that decides
 WINDOWS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
@@ -546,9 +545,8 @@ def main(argv=None):
     if preset == "gpu":
         run(report, seeds, preset, inline)
     else:  # a process for each core, which it has to itself
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-        with mp.get_context("spawn").Pool(min(2, cores), torch.set_num_threads, (1,)) as workers:
-            run(report, seeds, preset, workers.apply_async)
+        with mp.get_context("spawn").Pool(min(2, cpu_cores()), torch.set_num_threads, (1,)) as pool:
+            run(report, seeds, preset, pool.apply_async)
 
 
 def run(report, seeds, preset, pool):

@@ -78,7 +78,6 @@ rank           effective rank of the channels, exp of the entropy of the spectru
 import functools
 import hashlib
 import json
-import os
 
 import torch
 import torch.multiprocessing as mp
@@ -90,7 +89,7 @@ import va_vae as script
 from common import fail, figure, load_checkpoint, load_encoder, load_images, setup, to_uint8
 from simsiam import linear_probe
 from tests.claims.judge import frechet, judge_file, load_judge, statistics, to_float
-from tests.claims.report import (ROOT, arm, arm_file, attempt, conclude, exceeds, mean,
+from tests.claims.report import (ROOT, arm, arm_file, attempt, conclude, cpu_cores, exceeds, mean,
                                  open_report, overall, values)
 
 SEEDS = (0, 1)
@@ -329,8 +328,7 @@ def run_arms(report):
             if (kept.parent / "code").exists():
                 refuse_older(report, kept.parent, (kept.parent / "code").read_text())
             todo.append((table, name, seed, kept, flags))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with mp.get_context("spawn").Pool(min(4, cores) if device == "cpu" else 1) as pool:
+    with mp.get_context("spawn").Pool(min(4, cpu_cores()) if device == "cpu" else 1) as pool:
         runs = [None if kept.exists() else pool.apply_async(
             attempt, (run_arm, kept.parent, flags, seed, reference, device))
             for _, _, seed, kept, flags in todo]

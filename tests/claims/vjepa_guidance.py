@@ -74,7 +74,6 @@ texture, 1,600 steps of 32): std 0.88, rank 92 of 96, but teleport 0.71, vanish 
 """
 import functools
 import math
-import os
 import time
 import types
 
@@ -88,7 +87,7 @@ import vjepa_guidance as script
 from common import (autocast, bouncing_balls, draw_balls, fail, figure, load_checkpoint, mix,
                     parallel, save_gif, setup, simulate_balls)
 from tests.claims.physics import interval, measure, summary
-from tests.claims.report import arm, conclude, open_report, verdict
+from tests.claims.report import arm, conclude, cpu_cores, open_report, verdict
 
 SEEDS = {"cpu": (0, 1), "long": (0, 1), "gpu": (0, 1, 2)}
 WORLDS = {"cpu": ("frozen",), "long": ("frozen",), "gpu": ("frozen", "tiny")}
@@ -632,7 +631,7 @@ def main(argv=None):
         code.write_text(report["code"])
     todo = [seed for seed in seeds if not (folders[seed] / "measured.pt").exists()]
     jobs = [(preset, seed, folders[seed], device) for seed in todo]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = cpu_cores()
     if preset != "gpu" and cores > 1:  # a process a core
         with mp.get_context("spawn").Pool(2) as pool:
             pool.starmap(run_seed, jobs)
